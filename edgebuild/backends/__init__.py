@@ -1,0 +1,5 @@
+"""Backends turn a model into an artifact. Each module offers `quantizer`, `lower` and `runs`; `BACKENDS` is the registry."""
+
+from edgebuild.backends import torchscript, xnnpack
+
+BACKENDS = {"pte": xnnpack, "torchscript": torchscript}

@@ -1,0 +1,110 @@
+"""ExecuTorch `.pte` through the XNNPACK delegate."""
+
+import contextlib
+import gc
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgebuild.errors import BackendError
+from edgebuild.lift import export
+from edgebuild.spec import Artifact
+
+NAME = "xnnpack"
+
+
+def quantizer(keep_fp32: tuple[str, ...] = ()) -> Any:
+    """XNNPACK's static int8 quantizer, weights per channel; layers named in `keep_fp32` stay fp32."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+
+    made = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    if keep_fp32:
+        kept = set(keep_fp32)
+        made.set_filter_function(lambda node: not kept & _module_path(node))
+    return made
+
+
+def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
+    """Lower an fp32 or PT2E-quantized model. Raises BackendError with the lowering's reason."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    try:
+        with _quiet():
+            edge = to_edge_transform_and_lower(
+                export(model, inputs),
+                partitioner=[XnnpackPartitioner()],
+                # the validity check repeats what lowering checks, and costs a third of the time
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            )
+            delegated, outside = _delegation(edge)
+            program = edge.to_executorch()
+    except Exception as error:  # the lowering raises whatever it likes
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BackendError(f"XNNPACK cannot lower the model: {reason[:300]}") from error
+    method = program.executorch_program.execution_plan[0]
+    return Artifact("pte", program.buffer, NAME, delegated, len(outside), tuple(outside), sum(method.non_const_buffer_sizes))
+
+
+def _delegation(edge: Any) -> tuple[int, list[str]]:
+    """Operators inside the delegate, and those outside with the source line that they came from."""
+    graph = edge.exported_program().graph_module
+    delegated, outside = 0, []
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or "getitem" in str(node.target):
+            continue
+        if "executorch_call_delegate" in str(node.target):
+            lowered = getattr(graph, node.args[0].name)
+            delegated += sum(
+                n.op == "call_function" and "getitem" not in str(n.target)
+                for n in lowered.original_module.graph_module.graph.nodes
+            )
+        else:
+            outside.append(f"{_operator(node)} {_source_line(node)}".strip())
+    return delegated, outside
+
+
+def _operator(node: Any) -> str:
+    name = getattr(node.target, "__name__", str(node.target))
+    return str(getattr(getattr(node.target, "_op", None), "_name", name)).removeprefix("aten::")
+
+
+def _source_line(node: Any) -> str:
+    """The user's line in the node's stack trace."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if 'File "' in line]
+    own = [line for line in lines if "/torch/" not in line and "/executorch/" not in line]
+    return f"({own[-1]})" if own else ""
+
+
+def _module_path(node: Any) -> set[str]:
+    stack = node.meta.get("nn_module_stack") or {}
+    return {str(path).removeprefix("L['self'].") for path, _ in stack.values()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Lowering prints and warns a good deal that is no news; the garbage collector doubles its time."""
+    loggers = [logging.getLogger(name) for name in ("executorch", "torch.export", "root", "")]
+    levels = [logger.level for logger in loggers]
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        gc.enable()
+        gc.unfreeze()

@@ -1,0 +1,141 @@
+"""Finds and reads `targets/*.toml` and `profiles/*.toml`, by name or by path. Unknown keys and bare numbers are errors."""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+
+from edgebuild.errors import SpecError, UsageError
+from edgebuild.spec import Budget, Profile, Target
+from edgebuild.units import Bytes, Percent, Quantity, Seconds, Throughput, parse_drop
+
+_PACKAGE = Path(__file__).parent
+_BUDGET_UNITS: dict[Any, type[Quantity]] = {
+    "size": Bytes,
+    "latency": Seconds,
+    "latency_p95": Seconds,
+    "latency_p99": Seconds,
+    "throughput": Throughput,
+    "peak_memory": Bytes,
+    "min_delegated": Percent,
+}
+
+
+def folder(kind: str) -> Path:
+    """The folder of the shipped "targets" or "profiles": inside the installed package, or beside it in a checkout."""
+    packaged = _PACKAGE / "data" / kind
+    return packaged if packaged.is_dir() else _PACKAGE.parent / kind
+
+
+def names(kind: str) -> list[str]:
+    """Names of the shipped targets or profiles."""
+    return sorted(path.stem for path in folder(kind).glob("*.toml"))
+
+
+def find(kind: str, name: str) -> Path:
+    """The file of a shipped name, or `name` itself where it is a path. Raises UsageError with a suggestion."""
+    if name.endswith(".toml") or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"no {kind[:-1]} file at {name}", f"shipped {kind}: {', '.join(names(kind))}")
+        return path
+    path = folder(kind) / f"{name}.toml"
+    if not path.is_file():
+        raise UsageError(f"unknown {kind[:-1]} {name!r}", _did_you_mean(name, names(kind)))
+    return path
+
+
+def load_target(name: str) -> Target:
+    """Read a target by name or path. Raises UsageError where there is none, SpecError where it cannot be read."""
+    path = find("targets", name)
+    target: Target = _decode(_read(path), Target, path)
+    if target.device == "arm" and (not target.cluster or target.memory is None):
+        raise SpecError(f"{path}: an arm target needs [[cluster]] and [memory]")
+    return target
+
+
+def load_profile(name: str) -> Profile:
+    """Read a profile by name or path and check it against its targets."""
+    path = find("profiles", name)
+    table = _read(path)
+    budgets = _budgets(table.pop("budgets", {}), path)
+    profile: Profile = replace(_decode({**table, "budgets": []}, Profile, path), budgets=budgets)
+    for target in (load_target(name) for name in profile.targets):
+        if profile.artifact == "torchscript" and target.device != "host":
+            raise SpecError(
+                f"{path}: a TorchScript artifact cannot be run on target {target.name!r}",
+                'set artifact = "pte", or target = "host"',
+            )
+        if target.cluster and profile.threads > target.cluster[0].count:
+            raise SpecError(
+                f"{path}: threads = {profile.threads}, but {target.name!r} runs models on the "
+                f"{target.cluster[0].count} cores of its {target.cluster[0].name!r} cluster"
+            )
+    return profile
+
+
+def _budgets(table: Any, path: Path) -> tuple[Budget, ...]:
+    if not isinstance(table, dict) or not table:
+        raise SpecError(f"{path}: no budgets", 'write a table, such as [budgets] with size = "1 MiB"')
+    budgets = []
+    for key, written in table.items():
+        try:
+            if key == "accuracy_drop":
+                drop = parse_drop(written)
+                budgets.append(Budget("accuracy_drop", float(drop), relative=isinstance(drop, Percent)))
+            elif key in _BUDGET_UNITS:
+                budgets.append(Budget(key, float(_BUDGET_UNITS[key].parse(written))))
+            else:
+                raise SpecError(f"unknown budget {key!r}", _did_you_mean(key, [*_BUDGET_UNITS, "accuracy_drop"]))
+        except SpecError as error:
+            raise SpecError(f"{path}: budgets.{key}: {error.what}", error.remedy) from None
+    return tuple(budgets)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SpecError(f"{path}: {error}") from None
+
+
+def _decode(table: dict[str, Any], kind: type, path: Path) -> Any:
+    _check_keys(table, kind, path, "")
+    try:
+        return msgspec.convert(table, kind, dec_hook=_quantity)
+    except msgspec.ValidationError as error:
+        raise SpecError(f"{path}: {str(error).replace('$.', '')}") from None
+
+
+def _quantity(kind: type, written: Any) -> Any:
+    if issubclass(kind, Quantity):
+        try:
+            return kind.parse(written)
+        except SpecError as error:
+            raise ValueError(str(error)) from None
+    raise NotImplementedError(kind)
+
+
+def _check_keys(table: Any, kind: Any, path: Path, where: str) -> None:
+    """Refuse keys that the dataclass `kind` does not have, at every depth."""
+    kinds = [part for part in (kind, *get_args(kind)) if is_dataclass(part)]
+    if isinstance(table, list):
+        for i, item in enumerate(table):
+            _check_keys(item, kind, path, f"{where}[{i}]")
+    elif kinds and isinstance(table, dict):
+        hints = get_type_hints(kinds[0])
+        known = [field.name for field in fields(kinds[0])]
+        for key, value in table.items():
+            if key not in known:
+                raise SpecError(f"{path}: unknown key {f'{where}.{key}'.lstrip('.')!r}", _did_you_mean(key, known))
+            _check_keys(value, hints[key], path, f"{where}.{key}")
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"perhaps you meant {close[0]!r}" if close else f"known: {', '.join(known)}"

@@ -1,0 +1,274 @@
+"""The commands: parse, call, print, exit. Whatever loads torch is imported inside the command that needs it."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgebuild import __version__
+from edgebuild.errors import EdgebuildError, MissingEnvironment
+
+app = typer.Typer(
+    help="make for edge models: builds a trained model down to a device's budgets, and proves it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+targets_app = typer.Typer(help="The hardware that budgets are checked on.", no_args_is_help=True)
+profiles_app = typer.Typer(help="Targets with budgets.", no_args_is_help=True)
+app.add_typer(targets_app, name="targets")
+app.add_typer(profiles_app, name="profiles")
+
+EXIT = {"met": 0, "broken": 1, "infeasible": 3}
+INTERRUPTED = 130
+BUG = 70  # EX_SOFTWARE: never the code of a broken budget
+
+TaskArgument = Annotated[
+    str, typer.Argument(metavar="TASK", help="A Python file, a folder with task.py, a .pt2 file or torchvision:NAME.")
+]
+ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A shipped profile's name, or a path to a TOML.")]
+WeightsOption = Annotated[str | None, typer.Option(help="Weights of a torchvision model: safetensors or a state dict.")]
+CalibrationOption = Annotated[
+    str | None, typer.Option(help="Calibration inputs for torchvision models and .pt2 files: .npz or a folder of images.")
+]
+
+
+def main() -> None:
+    """Run the command line; every error that edgebuild raises on purpose ends in one line and its exit code."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except EdgebuildError as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("interrupted: nothing was written")
+        sys.exit(INTERRUPTED)
+    except typer.Abort:
+        _say("interrupted: nothing was written")
+        sys.exit(INTERRUPTED)
+    except SystemExit:
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; that is no failure of ours
+        sys.exit(0)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own: usage
+            error.show()
+            sys.exit(error.exit_code)
+        import traceback
+
+        traceback.print_exc()
+        _say("error: this is a defect of edgebuild, not of your task; please report it with the lines above")
+        sys.exit(BUG)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"edgebuild {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def build(
+    task: TaskArgument,
+    profile: ProfileOption,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The bundle folder. [build/TASK-PROFILE]")] = None,
+    weights: WeightsOption = None,
+    calibration: CalibrationOption = None,
+    student: Annotated[bool, typer.Option("--student", help="Compress the task's student in place of its model.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if nothing changed, and from scratch.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Also write report.json here, whatever the outcome.")] = None,
+    inconclusive: Annotated[
+        str, typer.Option(help="What a budget that cannot be decided means: fail, warn, or by the target's status (auto).")
+    ] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the report.")] = False,
+) -> None:
+    """Build TASK until it meets every budget of a profile, and write the bundle.
+
+    Exit codes: 0 all budgets met, 1 a budget broken, 2 bad usage or input, 3 no feasible plan, 4 something is missing.
+    """
+    from rich.console import Console
+
+    from edgebuild import bundle, cache, catalog, environment, inputs
+    from edgebuild.errors import UsageError
+
+    if inconclusive not in ("auto", "fail", "warn"):
+        raise UsageError(f"--inconclusive {inconclusive!r}", "use auto, fail or warn")
+    chosen = catalog.load_profile(profile)
+    name = Path(task.partition(":")[2] or task).resolve().stem
+    folder = output or Path("build") / f"{name if name != 'task' else Path(task).resolve().parent.name}-{chosen.name}"
+    bundle.check_writable(folder)
+    targets = [catalog.load_target(target) for target in chosen.targets]
+    depends = cache.key(
+        repr(chosen), repr(targets), repr((weights, calibration, student)), repr(sorted(environment.versions().items()))
+    )
+    record = cache.key(str(folder.resolve()), str(Path(task).resolve()))
+    console = Console()
+    known = None if rebuild or json else inputs.unchanged(record, depends)
+    if known is not None and _intact(folder, known["manifest"]):
+        console.print(f"{folder} is up to date: {known['summary']}", highlight=False, soft_wrap=True)
+        raise typer.Exit(known["code"])
+    inputs.watch()
+    from edgebuild import pipeline, report
+
+    tell = (lambda message, seconds: None) if quiet else _progress
+    request = pipeline.Request(task, profile, folder, weights, calibration, student, rebuild)
+    made = pipeline.build(request, tell)
+    text = report.to_json(made)
+    report.terminal(report.from_json(text), console)
+    if json:
+        _write(json, text)
+    code = _exit_code(made, inconclusive, any(target.status != "unvalidated" for target in targets[:1]))
+    if made.artifact:
+        console.print(f"\nThe bundle is in {folder}", highlight=False, soft_wrap=True)
+        read = inputs.read_files(task) + [Path(extra).resolve() for extra in (weights, calibration) if extra]
+        files = [path for path in read if path.is_file() and not path.is_relative_to(folder.resolve())]
+        manifest = cache.key((folder / "manifest.json").read_bytes())
+        inputs.record(record, files, depends, {"code": code, "summary": made.summary, "manifest": manifest})
+    raise typer.Exit(code)
+
+
+def _intact(folder: Path, manifest: str) -> bool:
+    """Whether the bundle is the one that the recorded build wrote, to the byte."""
+    from edgebuild import bundle, cache
+
+    try:
+        bundle.read(folder)
+        return cache.key((folder / "manifest.json").read_bytes()) == manifest
+    except (EdgebuildError, OSError):
+        return False
+
+
+def _progress(message: str, seconds: float) -> None:
+    print(f"[{seconds:6.1f} s] {message}", file=sys.stderr, flush=True)
+
+
+def _exit_code(made: Any, inconclusive: str, calibrated: bool) -> int:
+    """0, 1 or 3; an undecided budget fails on a calibrated target and warns on another, unless told otherwise."""
+    if made.outcome == "inconclusive":
+        fails = calibrated if inconclusive == "auto" else inconclusive == "fail"
+        _say(f"{'error' if fails else 'warning'}: {made.summary}")
+        return 1 if fails else 0
+    return EXIT[made.outcome]
+
+
+def _write(path: Path, text: str) -> None:
+    from edgebuild.errors import UsageError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
+@app.command()
+def inspect(
+    task: TaskArgument,
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Predict latency on this target.")] = None,
+    weights: WeightsOption = None,
+    calibration: CalibrationOption = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for the predicted latency.")] = 1,
+) -> None:
+    """Print TASK's layers, channel groups and peak memory."""
+    from rich.console import Console
+
+    from edgebuild import catalog
+    from edgebuild.inspection import inspect as look
+
+    look(task, [catalog.load_target(name) for name in target or ()], threads, weights, calibration, Console())
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to write task.py.")] = Path("."),
+) -> None:
+    """Write a starter task."""
+    from edgebuild.errors import UsageError
+
+    path = folder / "task.py"
+    if path.exists():
+        raise UsageError(f"{path} exists already", "choose another folder")
+    starter = Path(__file__).with_name("starter.py.txt").read_text(encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(starter, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    print(f"{path} is written: it builds as it is; put your model in. Next: edgebuild build {folder} --profile mobile-cpu")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and what is missing, with the command that gets it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from edgebuild.devices import toolchain
+    from edgebuild.doctor import packages
+
+    rows = [*packages(), *toolchain.status()]
+    table = Table("", "what", "found, or how to get it", box=None)
+    for name, present, detail in rows:
+        table.add_row("[green]ok[/]" if present else "[red]missing[/]", name, detail)
+    Console().print(table)
+    if missing := [name for name, present, _ in rows if not present]:
+        raise MissingEnvironment(f"missing: {', '.join(missing)}", "the commands are above")
+
+
+@targets_app.command("list")
+def targets_list() -> None:
+    """List the shipped targets."""
+    _list("targets", lambda t: (t.device, t.status, t.title))
+
+
+@profiles_app.command("list")
+def profiles_list() -> None:
+    """List the shipped profiles."""
+    _list("profiles", lambda p: (", ".join(p.targets), p.artifact, p.title))
+
+
+def _list(kind: str, row: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from edgebuild import catalog
+
+    load = {"targets": catalog.load_target, "profiles": catalog.load_profile}[kind]
+    heads = {"targets": ("target", "device", "status", ""), "profiles": ("profile", "targets", "artifact", "")}[kind]
+    table = Table(*heads, box=None)
+    for name in catalog.names(kind):
+        table.add_row(name, *row(load(name)))
+    Console().print(table)
+
+
+@targets_app.command("show")
+def targets_show(name: str) -> None:
+    """Print a target's file, each figure with its source."""
+    _show("targets", name)
+
+
+@profiles_app.command("show")
+def profiles_show(name: str) -> None:
+    """Print a profile's file."""
+    _show("profiles", name)
+
+
+def _show(kind: str, name: str) -> None:
+    from edgebuild import catalog
+
+    {"targets": catalog.load_target, "profiles": catalog.load_profile}[kind](name)  # refuse what cannot be used
+    print(catalog.find(kind, name).read_text(encoding="utf-8"), end="")

@@ -1,0 +1,50 @@
+"""What a device offers. Devices know nothing of torch: tensors cross as numpy arrays, artifacts as files."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from numpy.typing import NDArray
+
+from edgebuild.spec import LayerFacts, Measurement, Precision, Target
+
+Arrays = tuple[NDArray, ...]
+
+
+class Session(Protocol):
+    """An artifact loaded in a process of its own."""
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """One inference. Raises DeviceError where the process crashes or hangs."""
+        ...
+
+    def run_many(self, samples: Sequence[Arrays]) -> list[Arrays]:
+        """One inference after another."""
+        ...
+
+
+class Device(Protocol):
+    """The functions of a device module."""
+
+    def check(self, target: Target) -> None:
+        """Raise MissingEnvironment, naming what is missing and the command that gets it."""
+
+    def load(self, artifact: Path, target: Target, threads: int) -> AbstractContextManager[Session]:
+        """Load an artifact for running."""
+        ...
+
+    def measure(
+        self,
+        artifact: Path,
+        target: Target,
+        threads: int,
+        inputs: Sequence[Arrays],
+        layers: Sequence[tuple[LayerFacts, Precision]],
+    ) -> tuple[Measurement, ...]:
+        """Latency, throughput and peak memory; `layers`, what the artifact was lowered from, is for devices that estimate."""
+        ...
+
+    def layer_latency(self, layer: LayerFacts, precision: Precision, target: Target, threads: int) -> float:
+        """Predicted seconds of one layer."""
+        ...

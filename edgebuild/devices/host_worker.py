@@ -1,0 +1,286 @@
+"""The process that an artifact runs in: `host_worker.py ARTIFACT THREADS`; requests on stdin, answers on stdout.
+
+A frame is MAGIC, the sizes of a JSON header (uint32) and of a body (uint64), then both; the body holds tensors "0",
+"1", ... as safetensors. The worker first says `{}` (or `{"error": ...}`), then answers each request in turn:
+
+    load    {}                            loads the artifact
+    run     {}                            tensors in, the outputs of one inference out
+    many    {samples}                     the tensors of so many inferences in, their outputs out
+    memory  {}                            loads the artifact and runs it; `base` and `peak` resident bytes, `exact`
+    time    {method, at_least, at_most}   nanoseconds of each run, int64, in seconds' bounds; `settled`
+
+Every answer is `{...}` or `{"error": ...}`. The parent imports this file for the frames, so torch is imported late.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import statistics
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import IO, Any
+
+MAGIC = b"EBHW"
+_SIZES = struct.Struct("<4sIQ")
+_LONGEST_HEADER = 1 << 20
+
+Call = Callable[[tuple[Any, ...]], Any]
+
+WARM_UP = 10  # runs before the first that counts
+MEMORY_RUNS = 3  # TorchScript compiles in its second run
+MIN_RUNS = 50
+SLICE = 100_000_000  # ns between two looks at whether the median has settled
+AGREEMENT = 0.02  # relative difference of the medians of the two halves
+
+
+def write_frame(stream: IO[bytes], header: dict[str, Any], body: bytes = b"") -> None:
+    """Send a frame."""
+    text = json.dumps(header).encode()
+    stream.write(_SIZES.pack(MAGIC, len(text), len(body)) + text)
+    stream.write(body)
+    stream.flush()
+
+
+def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], bytes]:
+    """Receive a frame. Raises EOFError where the stream ends, ValueError where it holds something else."""
+    magic, header_size, body_size = _SIZES.unpack(_exactly(stream, _SIZES.size))
+    if magic != MAGIC or header_size > _LONGEST_HEADER:
+        raise ValueError(f"{magic!r} does not start a frame")
+    return json.loads(_exactly(stream, header_size)), _exactly(stream, body_size)
+
+
+def _exactly(stream: IO[bytes], size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+# --------------------------------------------------------------------------------------------------- the worker
+
+
+def main(artifact: str, threads: int) -> None:
+    """Serve until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what libraries print must not end up between the frames
+    try:
+        model = _Pte(artifact, threads) if artifact.endswith(".pte") else _TorchScript(artifact, threads)
+    except Exception as error:
+        return write_frame(answers, {"error": _reason(error)})
+    write_frame(answers, {})
+    while True:
+        try:
+            header, body = read_frame(requests)
+        except EOFError:
+            return
+        try:
+            answer, outputs = _OPERATIONS[header.pop("op")](model, _unpack(body), **header)
+            frame = answer, _pack(outputs)
+        except Exception as error:  # whatever the runtime raises is the answer
+            frame = {"error": _reason(error)}, b""
+        write_frame(answers, *frame)
+
+
+class _Pte:
+    """An ExecuTorch program."""
+
+    def __init__(self, path: str, threads: int):
+        # Both libraries resolve their symbols in torch's. `portable_lib` would import the whole exporter as well.
+        import torch
+        from executorch.extension.pybindings import _C as runtime
+
+        torch.set_num_threads(1)
+        runtime._unsafe_reset_threadpool(threads)
+        if (found := runtime._threadpool_get_thread_count()) != threads:
+            raise RuntimeError(f"asked for {threads} threads, the runtime took {found}")
+        self.path, self.runtime = path, runtime
+        self.program: Any = None
+        self.methods: dict[str, Any] = {}
+
+    def method(self, name: str) -> Call:
+        if self.program is None:
+            self.program = self.runtime._load_program(self.path)
+        if name not in self.methods:
+            self.methods[name] = self.program.load_method(name)
+        method = self.methods[name]
+        return lambda inputs: method(inputs, False)  # outputs stay in the program's memory until the next run
+
+
+class _TorchScript:
+    """A TorchScript module."""
+
+    def __init__(self, path: str, threads: int):
+        import torch
+
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(threads)
+        torch.set_num_interop_threads(1)
+        if (found := torch.get_num_threads()) != threads:
+            raise RuntimeError(f"asked for {threads} threads, PyTorch took {found}")
+        self.path = path
+        self.module: Any = None
+
+    def method(self, name: str) -> Call:
+        import torch
+
+        if self.module is None:
+            self.module = torch.jit.load(self.path, map_location="cpu").eval()
+        method = getattr(self.module, name)
+        return lambda inputs: method(*inputs)
+
+
+_Model = _Pte | _TorchScript
+_Answer = tuple[dict[str, Any], list[Any]]
+
+
+def _load(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
+    model.method("forward")
+    return {}, []
+
+
+def _run(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
+    return {}, _flat(model.method("forward")(inputs))
+
+
+def _many(model: _Model, inputs: tuple[Any, ...], samples: int) -> _Answer:
+    call, each = model.method("forward"), len(inputs) // samples
+    outputs: list[Any] = []
+    for i in range(0, len(inputs), each):
+        # Clones, since the next run writes over them.
+        outputs += [output.clone() for output in _flat(call(inputs[i : i + each]))]
+    return {}, outputs
+
+
+def _memory(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
+    base, highest, reset = _at_rest()
+    call = model.method("forward")
+    for _ in range(MEMORY_RUNS):
+        call(inputs)
+    peak = _status("VmHWM")
+    exact = reset or peak > highest
+    return {"base": base, "peak": peak if exact else _status("VmRSS"), "exact": exact}, []
+
+
+def _time(model: _Model, inputs: tuple[Any, ...], method: str, at_least: float, at_most: float) -> _Answer:
+    import torch
+
+    call, clock = model.method(method), time.perf_counter_ns
+    for _ in range(WARM_UP):
+        call(inputs)
+    gc.collect()
+    gc.disable()
+    found: list[int] = []
+    started = clock()
+    settled = False
+    while not settled and clock() - started < at_most * 1e9:
+        stop = clock() + min(SLICE, int(at_most * 1e9))
+        after = 0
+        while after < stop:
+            before = clock()
+            call(inputs)
+            after = clock()
+            found.append(after - before)
+        settled = after - started >= at_least * 1e9 and len(found) >= MIN_RUNS and _agree(found)
+    gc.enable()
+    return {"settled": settled}, [torch.tensor(found, dtype=torch.int64)]
+
+
+_OPERATIONS: dict[str, Callable[..., _Answer]] = {
+    "load": _load,
+    "run": _run,
+    "many": _many,
+    "memory": _memory,
+    "time": _time,
+}
+
+
+def _agree(found: list[int]) -> bool:
+    half = len(found) // 2
+    first, second = statistics.median(found[:half]), statistics.median(found[half:])
+    return abs(first - second) <= AGREEMENT * min(first, second)
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+def _at_rest() -> tuple[int, int, bool]:
+    """Resident bytes of the empty runtime, the highest so far, and whether the kernel let that mark be reset.
+
+    The libraries' own pages are brought in first and the heap's free pages given back: else a model would be charged
+    for the runtime's code that it is the first to run, or get for nothing what an import left behind.
+    """
+    gc.collect()
+    _touch_libraries()
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # proc(5): resets the peak resident set size
+        reset = True
+    except OSError:
+        reset = False
+    return _status("VmRSS"), _status("VmHWM"), reset
+
+
+def _touch_libraries() -> None:
+    page, memory = os.sysconf("SC_PAGESIZE"), os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        with open("/proc/self/maps") as file:
+            maps = [line.split(maxsplit=5) for line in file]
+        for span, mode, *_, path in (fields for fields in maps if len(fields) == 6):
+            if mode.startswith("r") and ".so" in path:
+                start, end = (int(address, 16) for address in span.split("-"))
+                for address in range(start, end, page):
+                    os.pread(memory, 1, address)
+    finally:
+        os.close(memory)
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+# ------------------------------------------------------------------------------------------------------- tensors
+
+
+def _flat(outputs: Any) -> list[Any]:
+    import torch
+
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    if isinstance(outputs, (list, tuple)):
+        return [tensor for output in outputs for tensor in _flat(output)]
+    return [outputs if isinstance(outputs, torch.Tensor) else torch.as_tensor(outputs)]
+
+
+def _pack(tensors: Iterable[Any]) -> bytes:
+    import torch
+    from safetensors.torch import save
+
+    # Clones, since safetensors refuses tensors that share memory.
+    packed = {str(i): tensor.clone(memory_format=torch.contiguous_format) for i, tensor in enumerate(tensors)}
+    return save(packed) if packed else b""
+
+
+def _unpack(body: bytes) -> tuple[Any, ...]:
+    from safetensors.torch import load
+
+    tensors = load(body) if body else {}
+    return tuple(tensors[str(i)] for i in range(len(tensors)))
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # TorchScript ends a traceback of its own with the cause; the others begin with it.
+    cause = lines[-1] if lines and "Traceback" in str(error) else next(iter(lines), "")
+    return f"{type(error).__name__}: {cause}" if cause else type(error).__name__
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

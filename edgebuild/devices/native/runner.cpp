@@ -1,0 +1,269 @@
+// Runs a .pte and answers over its standard input and output: `runner MODEL.pte THREADS`.
+//
+// Protocol (integers little-endian; the guest is the one that runs this program):
+//   guest, once the model is loaded:  u32 MIDR of the first core as cpuinfo read it
+//                                     u64 peak heap of loading, u64 heap kept after loading
+//   host, for each inference:         tensors
+//   guest:                            u64 peak heap of this inference, tensors
+//   host, to end:                     closes the guest's standard input
+//   tensors := u32 count, then for each: u32 dtype, u32 rank, u64 size[rank], the elements in C order
+// A dtype is the number of ExecuTorch's ScalarType: 0 uint8, 1 int8, 2 int16, 3 int32, 4 int64, 5 float16, 6 float32,
+// 7 float64, 11 bool. Heap is in bytes above the empty runtime (threads started, nothing loaded) and counts what the model
+// holds; the buffers of this protocol are left out. Anything wrong ends the program with a line on standard error.
+#include "heap.h"
+
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+
+#include <executorch/extension/module/module.h>
+#include <executorch/extension/tensor/tensor.h>
+
+// The wheel has these symbols in its libraries, but not their headers.
+namespace executorch::extension::threadpool {
+class ThreadPool {
+  public:
+    bool _unsafe_reset_threadpool(uint32_t threads);
+};
+ThreadPool *get_threadpool();
+}  // namespace executorch::extension::threadpool
+
+extern "C" {
+struct cpuinfo_uarch_info {
+    uint32_t uarch, midr, processors, cores;
+};
+bool cpuinfo_initialize();
+const cpuinfo_uarch_info *cpuinfo_get_uarch(uint32_t index);
+}
+
+namespace {
+
+using executorch::aten::ScalarType;
+using executorch::aten::SizesType;
+using executorch::aten::Tensor;
+using executorch::extension::Module;
+using executorch::extension::TensorPtr;
+using executorch::runtime::Error;
+using executorch::runtime::EValue;
+
+constexpr size_t MAX_RANK = 16;
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char *format, ...) {
+    std::fputs("edgebuild runner: ", stderr);
+    va_list rest;
+    va_start(rest, format);
+    std::vfprintf(stderr, format, rest);
+    va_end(rest);
+    std::fputs("\n", stderr);
+    std::exit(2);
+}
+
+void require(Error error, const char *doing) {
+    if (error != Error::Ok) fail("%s: %s", doing, executorch::runtime::to_string(error));
+}
+
+// ------------------------------------------------------------------------------------------------------- the wire
+
+// Answers go through a descriptor of their own, so that a library that prints cannot spoil them.
+int answers = -1;
+
+// Fills the whole buffer. False at the end of input, which may come before a request but not inside of one.
+bool read_exactly(void *buffer, size_t size, bool may_end = false) {
+    auto *at = static_cast<char *>(buffer);
+    for (size_t done = 0; done < size;) {
+        const ssize_t got = read(STDIN_FILENO, at + done, size - done);
+        if (got == 0 && done == 0 && may_end) return false;
+        if (got <= 0) fail("the request ends in the middle");
+        done += static_cast<size_t>(got);
+    }
+    return true;
+}
+
+void write_exactly(const void *buffer, size_t size) {
+    const auto *at = static_cast<const char *>(buffer);
+    for (size_t done = 0; done < size;) {
+        const ssize_t put = write(answers, at + done, size - done);
+        if (put <= 0) fail("the answer cannot be written");
+        done += static_cast<size_t>(put);
+    }
+}
+
+template <typename T>
+T read_number() {
+    T value;
+    read_exactly(&value, sizeof value);
+    return value;
+}
+
+template <typename T>
+void write_number(T value) {
+    write_exactly(&value, sizeof value);
+}
+
+// ----------------------------------------------------------------------------------------------- memory layouts
+
+// Elements between neighbours along each dimension, for a tensor whose dimensions lie in memory in the given order.
+std::vector<size_t> strides_of(const std::vector<SizesType> &sizes, const std::vector<uint8_t> &order) {
+    std::vector<size_t> strides(sizes.size());
+    size_t step = 1;
+    for (size_t i = sizes.size(); i-- > 0;) {
+        strides[order[i]] = step;
+        step *= static_cast<size_t>(sizes[order[i]]);
+    }
+    return strides;
+}
+
+std::vector<uint8_t> c_order(size_t rank) {
+    std::vector<uint8_t> order(rank);
+    for (size_t i = 0; i < rank; ++i) order[i] = static_cast<uint8_t>(i);
+    return order;
+}
+
+// Copies a tensor from one order of its dimensions in memory to another.
+std::vector<uint8_t> reorder(const uint8_t *from, const std::vector<SizesType> &sizes, size_t element,
+                             const std::vector<uint8_t> &from_order, const std::vector<uint8_t> &to_order) {
+    size_t count = 1;
+    for (const SizesType size : sizes) count *= static_cast<size_t>(size);
+    if (from_order == to_order) return std::vector<uint8_t>(from, from + count * element);
+    std::vector<uint8_t> to(count * element);
+    const auto from_strides = strides_of(sizes, from_order), to_strides = strides_of(sizes, to_order);
+    std::vector<size_t> index(sizes.size(), 0);
+    for (size_t i = 0; i < count; ++i) {
+        size_t source = 0, sink = 0;
+        for (size_t d = 0; d < sizes.size(); ++d) {
+            source += index[d] * from_strides[d];
+            sink += index[d] * to_strides[d];
+        }
+        for (size_t byte = 0; byte < element; ++byte) to[sink * element + byte] = from[source * element + byte];
+        for (size_t d = sizes.size(); d-- > 0;) {
+            if (++index[d] < static_cast<size_t>(sizes[d])) break;
+            index[d] = 0;
+        }
+    }
+    return to;
+}
+
+// -------------------------------------------------------------------------------------------------------- tensors
+
+TensorPtr read_tensor(size_t position, const executorch::runtime::TensorInfo &wanted) {
+    const auto dtype = static_cast<ScalarType>(read_number<uint32_t>());
+    const auto rank = read_number<uint32_t>();
+    if (dtype != wanted.scalar_type()) {
+        fail("input %zu has dtype %d, but the model takes %d", position, static_cast<int>(dtype),
+             static_cast<int>(wanted.scalar_type()));
+    }
+    if (rank != wanted.sizes().size() || rank > MAX_RANK) {
+        fail("input %zu has %u dimensions, but the model takes %zu", position, rank, wanted.sizes().size());
+    }
+    std::vector<SizesType> sizes;
+    size_t bytes = executorch::runtime::elementSize(dtype);
+    const size_t element = bytes;
+    for (uint32_t d = 0; d < rank; ++d) {
+        const auto size = read_number<uint64_t>();
+        if (size > static_cast<uint64_t>(wanted.sizes()[d])) {
+            fail("input %zu has size %llu in dimension %u, but the model takes %d", position,
+                 static_cast<unsigned long long>(size), d, static_cast<int>(wanted.sizes()[d]));
+        }
+        sizes.push_back(static_cast<SizesType>(size));
+        bytes *= size;
+    }
+    std::vector<uint8_t> data(bytes);
+    read_exactly(data.data(), bytes);
+    const std::vector<uint8_t> order(wanted.dim_order().begin(), wanted.dim_order().end());
+    data = reorder(data.data(), sizes, element, c_order(rank), order);
+    return executorch::extension::make_tensor_ptr(std::move(sizes), std::move(data), order, {}, dtype);
+}
+
+void write_tensor(const Tensor &tensor) {
+    const std::vector<SizesType> sizes(tensor.sizes().begin(), tensor.sizes().end());
+    const std::vector<uint8_t> order(tensor.dim_order().begin(), tensor.dim_order().end());
+    write_number(static_cast<uint32_t>(tensor.scalar_type()));
+    write_number(static_cast<uint32_t>(sizes.size()));
+    for (const SizesType size : sizes) write_number(static_cast<uint64_t>(size));
+    const auto data = reorder(static_cast<const uint8_t *>(tensor.const_data_ptr()), sizes,
+                              static_cast<size_t>(tensor.element_size()), order, c_order(sizes.size()));
+    write_exactly(data.data(), data.size());
+}
+
+// ------------------------------------------------------------------------------------------------------- the model
+
+struct Model {
+    Module module;
+    std::vector<executorch::runtime::TensorInfo> inputs;
+    size_t kept = 0;  // heap that the model holds now
+
+    explicit Model(const char *path) : module(path) {}
+};
+
+void load(Model &model, const char *path) {
+    const size_t empty = heap::live();
+    heap::reset_peak();
+    if (const Error error = model.module.load(); error != Error::Ok) {
+        fail("%s is no program that can be loaded: %s", path, executorch::runtime::to_string(error));
+    }
+    require(model.module.load_method("forward"), "the method `forward` cannot be loaded");
+    const size_t peak = heap::peak() - empty;
+    model.kept = heap::live() - empty;
+
+    const auto meta = model.module.method_meta("forward");
+    require(meta.error(), "the method `forward` cannot be described");
+    for (size_t i = 0; i < meta->num_inputs(); ++i) {
+        const auto info = meta->input_tensor_meta(i);
+        if (!info.ok()) fail("input %zu of the model is not a tensor", i);
+        model.inputs.push_back(*info);
+    }
+
+    const auto *core = cpuinfo_initialize() ? cpuinfo_get_uarch(0) : nullptr;
+    write_number<uint32_t>(core == nullptr ? 0 : core->midr);
+    write_number<uint64_t>(peak);
+    write_number<uint64_t>(model.kept);
+}
+
+void infer(Model &model, uint32_t count) {
+    if (count != model.inputs.size()) fail("%u inputs given, but the model takes %zu", count, model.inputs.size());
+    std::vector<TensorPtr> tensors;
+    std::vector<EValue> values;
+    for (size_t i = 0; i < count; ++i) {
+        tensors.push_back(read_tensor(i, model.inputs[i]));
+        values.emplace_back(*tensors.back());
+    }
+
+    const size_t before = heap::live();
+    heap::reset_peak();
+    const auto outputs = model.module.execute("forward", values);
+    require(outputs.error(), "the inference failed");
+    const size_t peak = model.kept + (heap::peak() - before);
+    model.kept += heap::live() - before;  // may wrap in between; the sum is right
+
+    write_number<uint64_t>(peak);
+    write_number(static_cast<uint32_t>(outputs->size()));
+    for (size_t i = 0; i < outputs->size(); ++i) {
+        if (!(*outputs)[i].isTensor()) fail("output %zu of the model is not a tensor", i);
+        write_tensor((*outputs)[i].toTensor());
+    }
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    if (argc != 3) fail("usage: runner MODEL.pte THREADS");
+    const int threads = std::atoi(argv[2]);
+    if (threads < 1) fail("%s is no number of threads", argv[2]);
+    answers = dup(STDOUT_FILENO);
+    if (answers < 0 || dup2(STDERR_FILENO, STDOUT_FILENO) < 0) fail("standard output cannot be moved");
+
+    auto *pool = executorch::extension::threadpool::get_threadpool();
+    if (pool == nullptr || !pool->_unsafe_reset_threadpool(static_cast<uint32_t>(threads))) {
+        fail("%d threads cannot be started", threads);
+    }
+    Model model(argv[1]);
+    load(model, argv[1]);
+    uint32_t count;
+    while (read_exactly(&count, sizeof count, true)) infer(model, count);
+    return 0;
+}

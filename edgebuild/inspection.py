@@ -1,0 +1,60 @@
+"""What `edgebuild inspect` prints: layers, channel groups, memory."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from edgebuild import costs
+from edgebuild.analyse import analyse, check_prunable
+from edgebuild.devices import DEVICES
+from edgebuild.lift import lift
+from edgebuild.load import load
+from edgebuild.plan import Choice
+from edgebuild.spec import Target
+from edgebuild.units import Bytes, Seconds
+
+
+def inspect(
+    where: str, targets: Sequence[Target], threads: int, weights: str | None, calibration: str | None, console: Console
+) -> None:
+    """Analyse a task and print it. Raises EdgebuildError as loading and exporting do."""
+    loaded = load(where, weights, calibration)
+    for target in targets:
+        DEVICES[target.device].check(target)
+    model = lift(loaded.task.model, loaded.task.example_inputs)
+    facts = check_prunable(model, loaded.task.example_inputs, analyse(model, loaded.task.example_inputs))
+    group_of = {name: group.name for group in facts.groups for name in group.outputs}
+    heads = ["layer", "operator", "output", "parameters", "MACs", "channel group"]
+    table = Table(*heads, *(f"{t.name}, {p}" for t in targets for p in ("fp32", "int8")), box=None)
+    for column in table.columns[3:5]:
+        column.justify = "right"
+    for layer in facts.layers:
+        times = [
+            str(Seconds(costs.layer_latency(layer, precision, target, threads)))
+            for target in targets
+            for precision in ("fp32", "int8")
+        ]
+        shape = " x ".join(map(str, layer.out_shape[1:]))
+        weighted = (f"{layer.parameters:,}", f"{layer.macs:,}") if layer.weighted else ("", "")
+        table.add_row(layer.name, layer.op, shape, *weighted, group_of.get(layer.name, ""), *times)
+    console.print(table)
+    groups = Table("channel group", "channels", "made by", "read by", box=None)
+    for group in facts.groups:
+        made, read = ([n for n in names if facts.layer(n).weighted] for names in (group.outputs, group.inputs))
+        groups.add_row(group.name, str(group.channels), ", ".join(made), ", ".join(read))
+    console.print("", groups, "")
+    for name, reason in facts.unprunable.items():
+        console.print(f"{name} keeps its width: {reason}", highlight=False, markup=False)
+    console.print(f"\n{facts.parameters:,} parameters, {facts.macs:,} MACs for a sample", highlight=False)
+    for precision in ("fp32", "int8"):
+        choice = Choice(facts, precision)
+        live = Bytes(choice.live_elements() * (4 if precision == "fp32" else 1))
+        console.print(
+            f"{precision}: predicted size {Bytes(costs.size(choice))}, live activations at the peak {live}, "
+            f"predicted peak memory {Bytes(costs.peak_memory(choice))}",
+            highlight=False,
+        )
+        for target in targets:
+            total = Seconds(costs.latency(choice, target, threads))
+            console.print(f"      predicted latency on {target.name}, {threads} thread(s): {total}", highlight=False)

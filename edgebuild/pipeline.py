@@ -1,0 +1,233 @@
+"""The flow: load -> analyse -> plan -> prune/factorize -> distil -> quantize -> lower -> verify -> report -> bundle."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import fx
+
+from edgebuild import bundle, cache, catalog, costs, report, verify
+from edgebuild.clock import Clock, Tell
+from edgebuild.devices import DEVICES
+from edgebuild.environment import machine, versions
+from edgebuild.lift import batch_is_free, lift
+from edgebuild.load import Loaded, load
+from edgebuild.loop import Found, Original, improve, take_original
+from edgebuild.plan import choice_of
+from edgebuild.realise import Base, compress, prepare, train
+from edgebuild.spec import Finding, LayerFacts, LayerRow, Measurement, ModelFacts, Plan, Profile, Report, Target
+
+BUNDLED_VECTORS = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    `student` compresses the task's student in place of its model; `rebuild` takes no artifact from the cache.
+    """
+
+    task: str
+    profile: str
+    output: Path
+    weights: str | None = None
+    calibration: str | None = None
+    student: bool = False
+    rebuild: bool = False
+
+
+def build(request: Request, tell: Tell) -> Report:
+    """Build a task for a profile and write the bundle; the report says how it went.
+
+    Where no plan is feasible nothing is written. Raises EdgebuildError with the exit code of its cause.
+    """
+    clock = Clock(tell)
+    with clock.stage("load", f"loading {request.task} for {request.profile}"):
+        profile, targets = load_profile(request.profile)
+        bundle.check_writable(request.output)
+        loaded = load(request.task, request.weights, request.calibration)
+    with clock.stage("devices", f"making {', '.join(target.name for target in targets)} ready"):
+        for target in targets:
+            DEVICES[target.device].check(target)
+    with clock.stage("analyse", f"analysing {loaded.name}"):
+        model = lift(loaded.task.model, loaded.task.example_inputs)
+        profile, findings = _usable(profile, loaded, model)
+        base = prepare("model", model, loaded, profile, _digest(loaded), fresh=request.rebuild)
+    original = take_original(base, loaded, profile, targets, clock)
+    found = improve(_bases(request, base, original, loaded, profile, clock), original, loaded, profile, targets, clock)
+    made = _report(request, loaded, profile, targets, base, original, found, findings, clock)
+    if made.artifact:
+        clock.tell(f"writing {request.output}")
+        bundle.write(request.output, _files(made, found, loaded))
+    return made
+
+
+def load_profile(name: str) -> tuple[Profile, tuple[Target, ...]]:
+    """A profile and its targets, the gating one first."""
+    profile = catalog.load_profile(name)
+    return profile, tuple(catalog.load_target(target) for target in profile.targets)
+
+
+def _usable(profile: Profile, loaded: Loaded, model: fx.GraphModule) -> tuple[Profile, tuple[Finding, ...]]:
+    """The profile without what this task cannot do; each loss is a finding."""
+    findings = []
+    if "distil" in profile.techniques and not batch_is_free(model, loaded.task.example_inputs):
+        profile = replace(profile, techniques=tuple(t for t in profile.techniques if t != "distil"))
+        findings.append(Finding("skipped", "distil", "the exported graph has a fixed batch size of 1: it cannot be trained"))
+    elif loaded.task.train is None and "distil" in profile.techniques:
+        what = f"the task has no training batches: distillation sees {len(loaded.samples)} calibration inputs alone"
+        findings.append(Finding("note", "distil", what))
+    if loaded.task.evaluate is None:
+        what = "the task has no evaluate(): agreement with the original stands in for a metric"
+        findings.append(Finding("skipped", "accuracy", what))
+    return profile, tuple(findings)
+
+
+def _bases(
+    request: Request, model: Base, original: Original, loaded: Loaded, profile: Profile, clock: Clock
+) -> Iterator[Base]:
+    """The models to compress, in order: the task's own, then its student once distilled (only if it comes to that)."""
+    if not request.student:
+        yield model
+    if loaded.task.student is None or "distil" not in profile.techniques:
+        return
+    inputs = loaded.task.example_inputs
+    student = lift(loaded.task.student, inputs)
+    with clock.stage("distil", f"distilling the student, {profile.distillation.steps} steps"):
+        trained, how = train(student, original.model, loaded, profile.distillation, profile.seed, clock.training)
+    with clock.stage("analyse", "analysing the student"):
+        base = prepare("student", lift(trained, inputs), loaded, profile, _digest(loaded), fresh=request.rebuild)
+    yield replace(base, training=f"student distilled: {how}")
+
+
+def _digest(loaded: Loaded) -> str:
+    """SHA-256 of the calibration inputs and of whatever else the task declares."""
+    tensors = [x.contiguous().numpy().tobytes() for sample in loaded.samples for x in sample]
+    return cache.key(loaded.sources, loaded.task.outputs, str(loaded.task.labelled), *tensors)
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def _report(
+    request: Request,
+    loaded: Loaded,
+    profile: Profile,
+    targets: Sequence[Target],
+    base: Base,
+    original: Original,
+    found: Found,
+    findings: Sequence[Finding],
+    clock: Clock,
+) -> Report:
+    best = found.best
+    outcome: Any = "infeasible" if found.infeasible or best is None else best.outcome
+    built = best is not None and outcome != "infeasible"
+    shown = best if built else None
+    findings = (*findings, *found.findings, *(shown.findings if shown else ()))
+    return Report(
+        outcome=outcome,
+        summary=_summary(outcome, profile, found),
+        task=loaded.name,
+        profile=profile.name,
+        targets=profile.targets,
+        artifact=f"{loaded.name}{shown.built.artifact.suffix}" if shown else "",
+        artifact_sha256=shown.built.sha256 if shown else "",
+        size=len(shown.built.artifact.data) if shown else 0,
+        original_size=len(original.built.artifact.data),
+        plan=shown.proposal.plan if shown else None,
+        verdicts=shown.verdicts if shown else (),
+        accuracy=shown.accuracy if shown else None,
+        parity=shown.parity if shown else (),
+        measurements=shown.measurements if shown else (),
+        original_measurements=original.measurements,
+        layers=_layers(shown.base, shown.proposal.plan, targets, profile.threads) if shown else (),
+        rounds=found.rounds,
+        reachable=found.reachable,
+        findings=tuple(findings),
+        stages={name: round(seconds, 3) for name, seconds in clock.stages.items()},
+        environment=_environment(loaded, profile, base),
+        build_id=cache.key(base.digest, repr(profile), repr(targets), *versions().values())[:16],
+    )
+
+
+def _summary(outcome: str, profile: Profile, found: Found) -> str:
+    if outcome == "met":
+        return f"every budget of {profile.name} is met"
+    if outcome == "infeasible":
+        binding = [row for row in found.reachable if not row.feasible]
+        if not binding:
+            return "no plan meets all budgets together, though each alone can be met"
+        return "no plan is feasible: " + "; ".join(
+            f"{report.named(row.kind)}{f' on {row.target}' if row.target else ''} binds, {report.figure(row.kind, row.bound)} asked, "
+            f"nearest feasible {report.figure(row.kind, row.smallest)}"
+            for row in binding
+        )
+    verdicts = found.best.verdicts if found.best else ()
+    wanted = "fail" if outcome == "broken" else "inconclusive"
+    names = [f"{report.named(v.kind)}{f' on {v.target}' if v.target else ''}" for v in verdicts if v.status == wanted]
+    if outcome == "broken":
+        return f"{', '.join(names) or 'the comparison with eager PyTorch'} failed, and nothing is left to try"
+    return f"{', '.join(names)} could not be decided"
+
+
+def _layers(base: Base, plan: Plan, targets: Sequence[Target], threads: int) -> tuple[LayerRow, ...]:
+    choice = choice_of(base.facts, plan)
+    losses = {candidate.choice: candidate.loss for candidate in base.candidates}
+    widths = {name: width for width in plan.widths for name in base.facts.group(width.group).outputs}
+    forms = {form.layer: form for form in plan.forms}
+    realised: dict[str, list[LayerFacts]] = {}
+    for layer, _ in choice.layers():
+        name = layer.name if layer.name in {before.name for before in base.facts.layers} else layer.name.rpartition(".")[0]
+        realised.setdefault(name, []).append(layer)
+    rows = []
+    for before in base.facts.layers:
+        after = realised[before.name]
+        width, form = widths.get(before.name), forms.get(before.name)
+        changes = [f"width {width.of} -> {width.channels}"] if width and before.weighted else []
+        changes += [f"{form.kind} rank {' x '.join(map(str, form.ranks))}"] if form else []
+        loss = losses.get(form, 0.0) if form else 0.0
+        loss += losses.get(width, 0.0) if width and width.group == before.name else 0.0
+        rows.append(
+            LayerRow(
+                name=before.name,
+                op=before.op,
+                change=", ".join(changes),
+                precision="fp32" if before.name in plan.keep_fp32 else plan.precision,
+                parameters=(before.parameters, sum(layer.parameters for layer in after)),
+                macs=(before.macs, sum(layer.macs for layer in after)),
+                latency={
+                    target.name: sum(costs.layer_latency(layer, plan.precision, target, threads) for layer in after)
+                    for target in targets
+                },
+                loss=loss,
+            )
+        )
+    return tuple(rows)
+
+
+def _environment(loaded: Loaded, profile: Profile, base: Base) -> dict[str, str]:
+    return {
+        **versions(),
+        "machine": machine(),
+        "seed": str(profile.seed),
+        "inputs": base.digest,
+        "training threads": str(torch.get_num_threads()),
+    }
+
+
+def _files(made: Report, found: Found, loaded: Loaded) -> dict[str, bytes]:
+    assert found.best is not None
+    built, text = found.best.built, report.to_json(made)
+    expected = built.expected[:BUNDLED_VECTORS]
+    inputs = [verify.to_arrays(sample) for sample in loaded.samples[: len(expected)]]
+    return {
+        made.artifact: built.artifact.data,
+        "plan.json": msgspec.json.format(msgspec.json.encode(asdict(found.best.proposal.plan)), indent=2) + b"\n",
+        "report.json": text.encode(),
+        "report.md": report.markdown(report.from_json(text)).encode(),
+        "vectors.safetensors": bundle.vectors(inputs, expected),
+    }

@@ -1,0 +1,257 @@
+"""Chooses a plan: which widths and forms lose least while every budget holds. No torch here.
+
+The search is greedy: from the whole model it takes, step by step, the cheapest loss for what the broken budgets still
+need, then gives back whatever turned out not to be needed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from edgebuild.spec import (
+    BudgetKind,
+    Candidate,
+    ChannelGroup,
+    Form,
+    LayerFacts,
+    ModelFacts,
+    Plan,
+    Precision,
+    Reachable,
+    Width,
+    factors,
+    pays,
+)
+
+TINY = 1e-7  # nats; below this a loss is noise of the estimate
+
+Realised = tuple[tuple[LayerFacts, Precision], ...]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget as the search sees it: `cost` of the realised model must stay at or below `bound`.
+
+    `factor` is what measurements said of the prediction so far (measured = factor x predicted).
+    """
+
+    kind: BudgetKind
+    target: str
+    bound: float
+    cost: Callable[["Choice"], float] = field(compare=False)
+    factor: float = 1.0
+
+    def predicted(self, choice: "Choice") -> float:
+        return self.factor * self.cost(choice)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A point of the search: the width of each cut group, the form of each factorized layer."""
+
+    facts: ModelFacts = field(compare=False, repr=False)
+    precision: Precision
+    widths: Mapping[str, int] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
+
+    def channels(self, group: ChannelGroup) -> int:
+        return self.widths.get(group.name, group.channels)
+
+    def layers(self) -> Realised:
+        """Every layer at its widths, factorized ones as their factors, in execution order."""
+        into, out = self._missing()
+        realised: list[tuple[LayerFacts, Precision]] = []
+        for layer in self.facts.layers:
+            narrow = _narrow(layer, into.get(layer.name, 0), out.get(layer.name, 0))
+            form = self.forms.get(layer.name)
+            parts = _factors(narrow, form) if form else (narrow,)
+            realised += [(part, self.precision) for part in parts]
+        return tuple(realised)
+
+    def sound(self) -> bool:
+        """Whether every form still fits, and pays at, its layer's widths."""
+        if not self.forms:
+            return True
+        into, out = self._missing()
+        for name, form in self.forms.items():
+            layer = self.facts.layer(name)
+            narrow = _narrow(layer, into.get(name, 0), out.get(name, 0))
+            if not _pays(narrow, form):
+                return False
+        return True
+
+    def _missing(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Channels that each layer loses at its input and its output."""
+        into: dict[str, int] = {}
+        out: dict[str, int] = {}
+        for group in self.facts.groups:
+            lost = group.channels - self.channels(group)
+            if lost:
+                for name, slot in group.inputs.items():
+                    into[name] = into.get(name, 0) + lost * slot.each
+                for name, slot in group.outputs.items():
+                    out[name] = out.get(name, 0) + lost * slot.each
+        return into, out
+
+    def live_elements(self) -> float:
+        """Most activation elements alive at one step of the schedule."""
+        scaled = []
+        for tensor in self.facts.activations:
+            lost = sum(
+                each * (self.facts.group(name).channels - self.channels(self.facts.group(name)))
+                for name, each in tensor.groups.items()
+            )
+            scaled.append((tensor.born, tensor.dies, tensor.elements * (1 - lost / max(tensor.channels, 1))))
+        steps = sorted({born for born, _, _ in scaled})
+        return max((sum(size for born, dies, size in scaled if born <= step <= dies) for step in steps), default=0.0)
+
+
+def choice_of(facts: ModelFacts, plan: Plan) -> Choice:
+    """The choice that a plan stands for."""
+    return Choice(
+        facts,
+        plan.precision,
+        {width.group: width.channels for width in plan.widths},
+        {form.layer: form for form in plan.forms},
+    )
+
+
+def search(
+    start: Choice, candidates: Sequence[Candidate], limits: Sequence[Limit], avoid: Sequence[Choice] = ()
+) -> tuple[Choice, float] | None:
+    """The choice with the least estimated loss that keeps every limit, and that loss in nats; None where none was found.
+
+    Choices in `avoid` are not given again.
+    """
+    moves = _moves(candidates)
+    choice, path = start, [start]
+    while not _fits(choice, limits) or choice in avoid:
+        scored = [
+            (score, key, after)
+            for key, after in _steps(choice, moves)
+            if (score := _score(choice, after, moves, limits)) > 0 and after not in avoid
+        ]
+        if not scored:
+            return None
+        choice = max(scored, key=lambda item: (item[0], item[1]))[2]
+        path.append(choice)
+    choice = _give_back(choice, moves, limits, avoid)
+    return choice, _loss(choice, moves)
+
+
+def reachable(start: Choice, candidates: Sequence[Candidate], limits: Sequence[Limit]) -> tuple[Reachable, ...]:
+    """For each limit alone: the smallest value that the candidates reach, with all other limits left aside."""
+    moves = _moves(candidates)
+    found = []
+    for limit in limits:
+        smallest = replace(start, widths={name: min(options) for name, options in moves.widths.items()})
+        best = limit.predicted(smallest)
+        for layer, options in moves.forms.items():
+            for form in options:
+                trial = replace(smallest, forms={**smallest.forms, layer: form})
+                if trial.sound() and limit.predicted(trial) < best:
+                    smallest, best = trial, limit.predicted(trial)
+        best = min(best, limit.predicted(start))
+        found.append(Reachable(limit.kind, limit.target, limit.bound, best, best <= limit.bound))
+    return tuple(found)
+
+
+def to_plan(choice: Choice, **fields: object) -> Plan:
+    """The choice as a plan."""
+    widths = tuple(
+        Width(group.name, choice.channels(group), group.channels)
+        for group in choice.facts.groups
+        if choice.channels(group) < group.channels
+    )
+    forms = tuple(choice.forms[layer.name] for layer in choice.facts.layers if layer.name in choice.forms)
+    return Plan(widths=widths, forms=forms, precision=choice.precision, **fields)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------- the search
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """Candidates by what they change: group -> width -> loss, layer -> form -> loss."""
+
+    widths: Mapping[str, Mapping[int, float]]
+    forms: Mapping[str, Mapping[Form, float]]
+
+
+def _moves(candidates: Sequence[Candidate]) -> _Moves:
+    widths: dict[str, dict[int, float]] = {}
+    forms: dict[str, dict[Form, float]] = {}
+    for candidate in candidates:
+        if isinstance(candidate.choice, Width):
+            widths.setdefault(candidate.choice.group, {})[candidate.choice.channels] = candidate.loss
+        else:
+            forms.setdefault(candidate.choice.layer, {})[candidate.choice] = candidate.loss
+    return _Moves(widths, forms)
+
+
+def _steps(choice: Choice, moves: _Moves) -> list[tuple[str, Choice]]:
+    """Every choice one step away: a group one width narrower, a layer in another form."""
+    found = []
+    for name, options in moves.widths.items():
+        now = choice.widths.get(name)
+        narrower = [width for width in options if now is None or width < now]
+        if narrower:
+            width = max(narrower)
+            found.append((f"width {name} {width}", replace(choice, widths={**choice.widths, name: width})))
+    for layer, forms in moves.forms.items():
+        for form in forms:
+            if form != choice.forms.get(layer):
+                found.append((f"form {form}", replace(choice, forms={**choice.forms, layer: form})))
+    return [(key, after) for key, after in found if after.sound()]
+
+
+def _score(before: Choice, after: Choice, moves: _Moves, limits: Sequence[Limit]) -> float:
+    """What the broken limits gain, as a share of what they lack, for each nat lost; 0 where they gain nothing."""
+    gain = 0.0
+    for limit in limits:
+        now = limit.predicted(before)
+        lack = now - limit.bound
+        if lack > 0:
+            gain += max(-1.0, min(1.0, (now - limit.predicted(after)) / lack))
+    return gain / max(_loss(after, moves) - _loss(before, moves), TINY) if gain > 0 else 0.0
+
+
+def _loss(choice: Choice, moves: _Moves) -> float:
+    widths = sum(moves.widths[name][width] for name, width in choice.widths.items())
+    return widths + sum(moves.forms[layer][form] for layer, form in choice.forms.items())
+
+
+def _fits(choice: Choice, limits: Sequence[Limit]) -> bool:
+    return all(limit.predicted(choice) <= limit.bound for limit in limits)
+
+
+def _give_back(choice: Choice, moves: _Moves, limits: Sequence[Limit], avoid: Sequence[Choice]) -> Choice:
+    """Undo, dearest first, whatever the limits do not need."""
+    improved = True
+    while improved:
+        improved = False
+        trials = [replace(choice, forms={k: v for k, v in choice.forms.items() if k != layer}) for layer in choice.forms]
+        for name, width in choice.widths.items():
+            wider = [option for option in moves.widths[name] if option > width]
+            widths = {k: v for k, v in choice.widths.items() if k != name}
+            trials.append(replace(choice, widths={**widths, name: min(wider)} if wider else widths))
+        for trial in sorted(trials, key=lambda trial: _loss(trial, moves)):
+            if _loss(trial, moves) < _loss(choice, moves) and trial.sound() and _fits(trial, limits) and trial not in avoid:
+                choice, improved = trial, True
+                break
+    return choice
+
+
+@lru_cache(maxsize=None)
+def _narrow(layer: LayerFacts, lost_in: int, lost_out: int) -> LayerFacts:
+    return layer.at(layer.in_channels - lost_in, layer.out_channels - lost_out) if lost_in or lost_out else layer
+
+
+@lru_cache(maxsize=None)
+def _pays(layer: LayerFacts, form: Form) -> bool:
+    return pays(layer, form)
+
+
+@lru_cache(maxsize=None)
+def _factors(layer: LayerFacts, form: Form) -> tuple[LayerFacts, ...]:
+    return factors(layer, form)

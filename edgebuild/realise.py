@@ -1,0 +1,182 @@
+"""Carries out a plan: prune, factorize, distil, quantize, lower. What it makes is kept in the cache, by content."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from edgebuild import cache
+from edgebuild.analyse import analyse, check_prunable
+from edgebuild.backends import BACKENDS
+from edgebuild.devices import Arrays
+from edgebuild.lift import lift
+from edgebuild.load import Loaded
+from edgebuild.sensitivity import Sensitivity, measure
+from edgebuild.spec import Artifact, Candidate, ModelFacts, Plan, Profile
+from edgebuild.transforms import distil, factorize, prune, quantize
+from edgebuild.verify import eager
+
+SENSITIVITY_SAMPLES = 32
+TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at the least, on every shipped core
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model to compress, analysed: the task's own, or its student once it has been distilled.
+
+    `digest` covers the weights and all inputs that a realised plan depends on; `fresh` takes nothing from the cache.
+    """
+
+    name: str
+    model: fx.GraphModule
+    facts: ModelFacts
+    sensitivity: Sensitivity
+    candidates: tuple[Candidate, ...]
+    digest: str
+    fresh: bool = False
+    training: str = ""
+
+
+@dataclass(frozen=True)
+class Built:
+    """An artifact, eager PyTorch's outputs for the model that it was lowered from, and how the training went."""
+
+    artifact: Artifact
+    expected: tuple[Arrays, ...]
+    training: str
+    reused: bool
+    lowered: nn.Module | None = field(default=None, compare=False)  # None where the artifact came from the cache
+
+    @property
+    def sha256(self) -> str:
+        return cache.key(self.artifact.data)
+
+
+def lifted_digest(model: fx.GraphModule) -> str:
+    """SHA-256 of a model's graph and weights."""
+    tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in model.state_dict().items()]
+    data = [t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values()]
+    return cache.key(str(model.graph), *tensors, *data)
+
+
+def prepare(name: str, model: fx.GraphModule, loaded: Loaded, profile: Profile, inputs_digest: str, fresh: bool) -> Base:
+    """Analyse a lifted model and say what could be done to it."""
+    inputs = loaded.task.example_inputs
+    facts = analyse(model, inputs)
+    techniques = profile.techniques
+    facts = check_prunable(model, inputs, facts) if "prune" in techniques else facts
+    probes = factorize.probes(model, facts, TILE) if "factorize" in techniques else {}
+    samples = loaded.samples[:: max(1, len(loaded.samples) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
+    wanted = "prune" in techniques or "factorize" in techniques
+    logits = loaded.task.outputs == "logits"
+    found = measure(model, facts, samples if wanted else (), probes, logits, profile.seed) if wanted else Sensitivity({}, {})
+    candidates: tuple[Candidate, ...] = ()
+    if "prune" in techniques:
+        candidates += prune.candidates(facts, found, TILE)
+    if "factorize" in techniques:
+        candidates += factorize.candidates(facts, found, TILE)
+    return Base(name, model, facts, found, candidates, cache.key(lifted_digest(model), inputs_digest), fresh)
+
+
+def realise(
+    base: Base, plan: Plan, loaded: Loaded, profile: Profile, teacher: fx.GraphModule, progress: distil.Progress
+) -> Built:
+    """Build a plan's artifact, or take it from the cache. Raises TransformError, BackendError or TaskError."""
+    name = cache.key(base.digest, _settings(plan, profile))
+    kept = None if base.fresh else _read(name)
+    if kept is not None:
+        return kept
+    inputs = loaded.task.example_inputs
+    backend = BACKENDS[profile.artifact]
+    model = compress(base, plan, inputs)
+    training = base.training
+    if plan.distil:
+        settings = msgspec.convert({**asdict(profile.distillation), "steps": plan.distil_steps}, type(profile.distillation))
+        trained, how = train(model, teacher, loaded, settings, profile.seed, progress)
+        model, training = trained, f"{training}; {how}".lstrip("; ")
+    lowered: nn.Module = model
+    if plan.precision == "int8":
+        lowered = quantize.apply(model, inputs, loaded.samples, backend.quantizer(plan.keep_fp32))
+    artifact = backend.lower(lowered, inputs)
+    built = Built(artifact, tuple(eager(lowered, loaded.samples[:SENSITIVITY_SAMPLES])), training, False, lowered)
+    _write(name, built)
+    return built
+
+
+def compress(base: Base, plan: Plan, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
+    """Prune and factorize, then lift again, so that the factors are layers of their own."""
+    model = base.model
+    if plan.widths:
+        model = prune.apply(model, inputs, base.facts, base.sensitivity, plan.widths)
+    if plan.forms:
+        model = factorize.apply(model, inputs, plan.forms)
+    return lift(model, inputs) if plan.widths or plan.forms else model
+
+
+def train(
+    model: fx.GraphModule, teacher: fx.GraphModule, loaded: Loaded, settings: Any, seed: int, progress: distil.Progress
+) -> tuple[fx.GraphModule, distil.Training]:
+    """Distil the teacher into a model, on the training batches or, where there are none, the calibration inputs."""
+    batches: Callable[[], Any] = loaded.task.train or (lambda: calibration_batches(loaded))
+    labelled = loaded.task.labelled and loaded.task.train is not None
+    logits = loaded.task.outputs == "logits"
+    trained, how = distil.apply(model, teacher, batches, settings, labelled, logits, seed, progress)
+    assert isinstance(trained, fx.GraphModule)
+    return trained, how
+
+
+def calibration_batches(loaded: Loaded, size: int = 32) -> list[tuple[Tensor, ...]]:
+    """The calibration samples as batches, for training without training data."""
+    chunks = [loaded.samples[i : i + size] for i in range(0, len(loaded.samples), size)]
+    return [tuple(torch.cat(column) for column in zip(*chunk, strict=True)) for chunk in chunks]
+
+
+def _settings(plan: Plan, profile: Profile) -> str:
+    settings = {
+        "plan": asdict(plan.choices),
+        "artifact": profile.artifact,
+        "distillation": asdict(profile.distillation),
+        "seed": profile.seed,
+        "versions": [version(name) for name in ("torch", "executorch", "torchao", "edgebuild", "torch-pruning", "tensorly")],
+    }
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+# ------------------------------------------------------------------------------------------------------ the cache
+
+
+def _write(name: str, built: Built) -> None:
+    from safetensors.numpy import save
+
+    facts = {key: value for key, value in asdict(built.artifact).items() if key != "data"}
+    tensors = {"artifact": np.frombuffer(built.artifact.data, dtype=np.uint8)}
+    for s, sample in enumerate(built.expected):
+        tensors |= {f"{s:04}.{i}": np.ascontiguousarray(y) for i, y in enumerate(sample)}
+    cache.write("built", name, save(tensors, {"facts": json.dumps(facts), "training": built.training}))
+
+
+def _read(name: str) -> Built | None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    data = cache.read("built", name)
+    if data is None:
+        return None
+    try:
+        tensors = load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        facts = json.loads(metadata["facts"])
+        samples: dict[str, list[np.ndarray]] = {}
+        for key in sorted(key for key in tensors if key != "artifact"):
+            samples.setdefault(key.partition(".")[0], []).append(tensors[key])
+        facts["fallen_back"] = tuple(facts["fallen_back"])
+        artifact = Artifact(data=tensors["artifact"].tobytes(), **facts)
+        return Built(artifact, tuple(tuple(outputs) for outputs in samples.values()), metadata["training"], True)
+    except (SafetensorError, KeyError, ValueError, TypeError):
+        return None  # damaged: it is made again

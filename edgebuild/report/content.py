@@ -1,0 +1,342 @@
+"""What a report says, section by section, made from its JSON; how it looks is `edgebuild.report.render`."""
+
+from dataclasses import dataclass
+
+from edgebuild.report.figures import (
+    NONE,
+    Json,
+    bound,
+    change,
+    compared,
+    figure,
+    found,
+    named,
+    of,
+    plural,
+    signed,
+    subject,
+)
+from edgebuild.units import Percent, Points
+
+HEADLINES = {
+    "met": "All budgets are met",
+    "broken": "A budget is broken",
+    "inconclusive": "Undecided: a bound lies inside the error band of a figure that was not measured",
+    "infeasible": "No plan meets every budget, so nothing was built",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a title. `detail`: long, so Markdown folds it away and the terminal leaves it out."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    detail: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A question and its answer: sentences first, then tables."""
+
+    title: str
+    lines: tuple[str, ...]
+    tables: tuple[Table, ...]
+
+
+def sections(report: Json) -> tuple[Section, ...]:
+    """The five answers, in the order that people ask."""
+    return (_fit(report), _cost(report), _done(report), _trust(report), _reachable(report))
+
+
+def _fit(report: Json) -> Section:
+    rows = tuple(
+        (
+            named(verdict["kind"]),
+            verdict["target"] or "any",
+            bound(verdict),
+            of(verdict, verdict["predicted"]),
+            found(verdict, report),
+            signed(verdict["margin"]),
+            verdict["status"],
+            verdict["note"],
+        )
+        for verdict in report["verdicts"]
+    )
+    columns = ("Budget", "Target", "Bound", "Predicted", "Found", "Margin", "Status", "Note")
+    lines = (f"{HEADLINES[report['outcome']]}.", *(_binding(report) if report["outcome"] == "infeasible" else ()))
+    return Section("Does it fit?", lines, (Table("", columns, rows),))
+
+
+def _binding(report: Json) -> tuple[str, ...]:
+    lines = tuple(
+        f"What binds: {subject(row)}, {bound(row)}; the nearest feasible value is {of(row, row['smallest'])}."
+        for row in report["reachable"]
+        if not row["feasible"]
+    )
+    if lines or not report["reachable"]:
+        return lines
+    return ("Each budget could be met alone, with the others left aside, but not all of them together.",)
+
+
+def _cost(report: Json) -> Section:
+    rows = []
+    accuracy = report["accuracy"]
+    if accuracy:
+        scores = [_score(accuracy, which) for which in ("original", "artifact")]
+        rows.append((accuracy["metric"], *scores, _drop(accuracy["drop"])))
+    size, original = report["size"], report["original_size"]
+    built = (
+        (figure("size", size), compared(original, size, "smaller", "larger")) if report["artifact"] else (NONE, NONE)
+    )
+    rows.append(("size", figure("size", original), *built))
+    rows += _measured_pairs(report)
+    lines = []
+    if accuracy:
+        counted = f"The {accuracy['metric']} is over {plural(accuracy['samples'], 'sample')}"
+        lines.append(f"{counted}, scored on the artifact itself; brackets are 95% intervals.")
+        lines += [accuracy["detail"]] if accuracy["detail"] else []
+    elif report["artifact"]:
+        lines.append("No metric was scored, so what the artifact cost in accuracy is not known.")
+    return Section("What did it cost?", tuple(lines), (Table("", ("", "Original", "Artifact", "Change"), tuple(rows)),))
+
+
+def _drop(drop: float | None) -> str:
+    if not drop:
+        return NONE if drop is None else "the same"
+    return f"{Points(abs(drop))} {'lower' if drop > 0 else 'higher'}"
+
+
+def _score(accuracy: Json, which: str) -> str:
+    value, interval = accuracy[which], accuracy[f"{which}_interval"]
+    if value is None or interval is None or None in interval:
+        return figure("", value)
+    return f"{value:.4g} [{interval[0]:.4g}, {interval[1]:.4g}]"
+
+
+def _measured_pairs(report: Json) -> list[tuple[str, ...]]:
+    """Original against artifact for each quantity that people budget, on each target."""
+    before = {(item["quantity"], item["target"]): item for item in report["original_measurements"]}
+    after = {(item["quantity"], item["target"]): item for item in report["measurements"]}
+    words = {
+        "latency": ("faster", "slower"),
+        "throughput": ("slower", "faster"),  # a smaller throughput is a slower one
+        "peak_memory": ("smaller", "larger"),
+    }
+    rows = []
+    for key in dict.fromkeys([*after, *before]):
+        quantity, target = key
+        if quantity not in words:
+            continue
+        cells = [
+            f"{figure(quantity, item['value'])} ({item['method']})" if item else NONE
+            for item in (before.get(key), after.get(key))
+        ]
+        difference = NONE
+        # a measured figure against an estimated one would compare the methods and not the models
+        if key in before and key in after and before[key]["method"] == after[key]["method"]:
+            values = before[key]["value"], after[key]["value"]
+            difference = NONE if None in values else compared(*values, *words[quantity])
+        rows.append((subject({"kind": quantity, "target": target}), *cells, difference))
+    return rows
+
+
+def _done(report: Json) -> Section:
+    plan, layers = report["plan"], report["layers"]
+    if plan is None:
+        return Section("What was done?", ("Nothing: there is no plan to carry out.",), ())
+    columns: tuple[str, ...] = (
+        "Layer",
+        "Operator",
+        "Change",
+        "Precision",
+        "Parameters",
+        "MACs",
+        "Loss estimate (nats)",
+    )
+    targets = sorted({target for row in layers for target in row["latency"]})
+    changed = [row for row in layers if _changed(row)]
+    short = tuple(_layer(row) for row in changed)
+    full = tuple(
+        (*_layer(row), *(figure("latency", row["latency"].get(target)) for target in targets)) for row in layers
+    )
+    if full:
+        total = ("all layers", "", "", "", *(change(_sums(layers, key)) for key in ("parameters", "macs")), "")
+        short = (*short, total)
+        full = (*full, (*total, *(figure("latency", _total(layers, target)) for target in targets)))
+    tables = (
+        Table(f"Layers that changed: {len(changed)} of {len(layers)}", columns, short),
+        Table("All layers", (*columns, *(f"Predicted on {target}" for target in targets)), full, detail=True),
+    )
+    return Section("What was done?", _plan_in_words(plan), tables)
+
+
+def _plan_in_words(plan: Json) -> tuple[str, ...]:
+    base = "the task's own model" if plan["base"] == "model" else "the student that the task brings"
+    lines = [f"Compressed: {base}."]
+    if plan["precision"] == "int8":
+        kept = f", but for {', '.join(plan['keep_fp32'])}" if plan["keep_fp32"] else ""
+        lines.append(f"Quantized to int8{kept}.")
+    else:
+        lines.append("Kept in fp32.")
+    if plan["widths"]:
+        widths = (f"{width['group']} {width['channels']} of {width['of']}" for width in plan["widths"])
+        lines.append(f"Pruned channel groups, by what is kept: {', '.join(widths)}.")
+    if plan["forms"]:
+        forms = (
+            f"{form['layer']} by {form['kind']} at rank {'x'.join(map(str, form['ranks']))}" for form in plan["forms"]
+        )
+        lines.append(f"Factorized: {', '.join(forms)}.")
+    if plan["distil"]:
+        lines.append(f"Distilled from the original model for {plural(plan['distil_steps'], 'step')}.")
+    return (*lines, *(f"Why: {why}" for why in plan["why"]))
+
+
+def _changed(row: Json) -> bool:
+    pairs = row["parameters"], row["macs"]
+    return row["change"] not in ("", "keep") or any(before != after for before, after in pairs)
+
+
+def _layer(row: Json) -> tuple[str, ...]:
+    return (
+        row["name"],
+        row["op"],
+        row["change"],
+        row["precision"],
+        change(row["parameters"]),
+        change(row["macs"]),
+        figure("", row["loss"]),
+    )
+
+
+def _sums(layers: list[Json], key: str) -> tuple[int, int]:
+    return sum(row[key][0] for row in layers), sum(row[key][1] for row in layers)
+
+
+def _total(layers: list[Json], target: str) -> float:
+    return sum(row["latency"].get(target) or 0.0 for row in layers)
+
+
+def _trust(report: Json) -> Section:
+    predictions = tuple(
+        (
+            subject(verdict),
+            of(verdict, verdict["predicted"]),
+            found(verdict, report),
+            signed(verdict["predicted"] / verdict["value"] - 1 if verdict["value"] else None),
+        )
+        for verdict in report["verdicts"]
+        if verdict["predicted"] is not None and verdict["value"] is not None
+    )
+    findings = tuple((item["kind"], item["where"], item["what"]) for item in report["findings"])
+    measurements = tuple(
+        (
+            subject({"kind": item["quantity"], "target": item["target"]}),
+            which,
+            figure(item["quantity"], item["value"]),
+            item["method"],
+            f"± {Percent(item['error'])}" if item["error"] else "",
+            f"{item['runs']:,}",
+            item["detail"],
+        )
+        for which, key in (("artifact", "measurements"), ("original", "original_measurements"))
+        for item in report[key]
+    )
+    stages = sorted(report["stages"].items(), key=lambda item: -(item[1] or 0.0))
+    lines = [f"Rounds tried: {len(report['rounds'])}.", _delegation(report)]
+    if stages:
+        spent = (f"{name} {figure('latency', value)}" for name, value in stages)
+        lines.append(f"Time by stage: {', '.join(spent)}.")
+    if not findings:
+        lines.append("Findings: none.")
+    tables = (
+        Table("Prediction against what was found", _PREDICTIONS, predictions),
+        Table("Outputs of the artifact against the original", _PARITY, tuple(map(_parity, report["parity"]))),
+        Table("Findings", ("Kind", "Where", "What"), findings),
+        Table("Versions, machine and seed", ("What", "Value"), tuple(report["environment"].items())),
+        Table("All figures", _MEASUREMENTS, measurements, detail=True),
+    )
+    return Section("Can I believe it?", tuple(line for line in lines if line), tables)
+
+
+_PREDICTIONS = ("Budget", "Predicted", "Found", "Prediction off by")
+_MEASUREMENTS = ("Quantity", "Of", "Value", "How", "Error", "Runs", "Detail")
+_PARITY = (
+    "Target",
+    "Held against",
+    "Samples",
+    "SQNR",
+    "Top-1 agreement",
+    "Bit-exact",
+    "Largest difference",
+    "Agrees",
+    "Diverges first at",
+)
+
+
+def _parity(row: Json) -> tuple[str, ...]:
+    unknown = "no noise" if row["max_abs"] == 0 else "not finite"
+    return (
+        row["target"],
+        row["reference"],
+        f"{row['samples']:,}",
+        unknown if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB",
+        NONE if row["agreement"] is None else str(Percent(row["agreement"])),
+        "yes" if row["bit_exact"] else "no",
+        "not finite" if row["max_abs"] is None else f"{row['max_abs']:.3g}",
+        "yes" if row["ok"] else "no",
+        row["first_divergence"],
+    )
+
+
+def _delegation(report: Json) -> str:
+    figures = [item["value"] for item in report["measurements"] if item["quantity"] == "min_delegated"]
+    figures += [item["value"] for item in report["verdicts"] if item["kind"] == "min_delegated"]
+    fallen = [item["where"] for item in report["findings"] if item["kind"] == "fallback"]
+    share = f"Delegated: {figure('min_delegated', figures[0])} of the operators." if figures else ""
+    return f"{share} Fell back: {', '.join(fallen)}.".strip() if fallen else share
+
+
+def _reachable(report: Json) -> Section:
+    rows = tuple(
+        (subject(row), bound(row), of(row, row["smallest"]), "yes" if row["feasible"] else "no")
+        for row in report["reachable"]
+    )
+    columns = ("Budget", "Bound", "Best that a plan reaches", "Feasible")
+    rounds = tuple(map(_round, report["rounds"]))
+    tables = (
+        Table("Each budget with the others left aside, as predicted", columns, rows),
+        Table("Rounds", _ROUNDS, rounds),
+    )
+    lines = () if rows or report["rounds"] else ("Nothing else was looked at.",)
+    return Section("What else was possible?", lines, tables)
+
+
+_ROUNDS = ("Round", "Techniques", "Size", "Found", "Training", "Corrections", "Met")
+
+
+def _round(row: Json) -> tuple[str, ...]:
+    plan = row["plan"]
+    used = {
+        "student": plan["base"] == "student",
+        "quantize": plan["precision"] == "int8",
+        "prune": plan["widths"],
+        "factorize": plan["forms"],
+        "distil": plan["distil"],
+    }
+    verdicts = (
+        f"{subject(verdict)} {of(verdict, verdict['value'])} {verdict['status']}" for verdict in row["verdicts"]
+    )
+    corrections = (
+        f"{name} x {NONE if factor is None else f'{factor:.3g}'}" for name, factor in row["corrections"].items()
+    )
+    return (
+        str(row["number"]),
+        ", ".join(name for name, on in used.items() if on) or "none",
+        figure("size", row["size"]),
+        "; ".join(verdicts),
+        row["training"],
+        "; ".join(corrections),
+        "yes" if row["met"] else "no",
+    )

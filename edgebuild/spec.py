@@ -1,0 +1,638 @@
+"""The frozen values that the stages hand to each other. No torch here.
+
+Sizes are in bytes, times in seconds, channel counts in channels. `Plan`, `Measurement` and `Verdict` are written to
+JSON as they stand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+from edgebuild.units import Bandwidth, Bytes, Hertz, Percent, PerCycle, Seconds
+
+Technique = Literal["quantize", "prune", "factorize", "distil"]
+TECHNIQUES: tuple[Technique, ...] = ("quantize", "prune", "factorize", "distil")
+
+# ---------------------------------------------------------------------------------------------------- hardware
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One level of a core's cache."""
+
+    size: Bytes
+    source: str
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The clock that the core holds under load."""
+
+    rate: Hertz
+    source: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak multiply-accumulates of one core in one clock cycle, by precision."""
+
+    fp32: PerCycle
+    int8: PerCycle
+    source: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Main memory: its size and the sustained read bandwidth of one core and of all cores together."""
+
+    size: Bytes
+    one_core: Bandwidth
+    all_cores: Bandwidth
+    source: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What `/proc/cpuinfo` says of a core; XNNPACK picks its micro-kernels by it (implementer, part, ... as hex text)."""
+
+    implementer: str
+    part: str
+    variant: str
+    revision: str
+    features: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal cores of a target. `qemu_cpu` is the ISA that the simulation gives to them."""
+
+    name: str
+    core: str
+    count: int
+    count_source: str
+    qemu_cpu: str
+    clock: Clock
+    macs: Rates
+    l1d: Cache
+    l2: Cache
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Target:
+    """A piece of hardware with its runtime; one TOML in `targets/`.
+
+    `device` names the module of `edgebuild.devices` that runs artifacts for it. `cluster` lists the cores, the ones that
+    run the model first; it and `memory` are empty for the host, whose figures are measured and not written down.
+    `latency_error` is the relative error band of a latency that was estimated and not measured.
+    """
+
+    name: str
+    title: str
+    device: Literal["host", "arm"]
+    status: Literal["measured", "validated", "unvalidated"]
+    cluster: tuple[Cluster, ...] = ()
+    memory: Memory | None = None
+    latency_error: Percent = Percent(0.0)
+    latency_error_source: str = ""
+
+
+# ----------------------------------------------------------------------------------------------------- budgets
+
+BudgetKind = Literal[
+    "size", "latency", "latency_p95", "latency_p99", "throughput", "peak_memory", "accuracy_drop", "min_delegated"
+]
+LOWER_BOUNDS = ("throughput", "min_delegated")
+PER_TARGET = ("latency", "latency_p95", "latency_p99", "throughput", "peak_memory")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A bound. `relative` is for `accuracy_drop` alone: the bound is a share of the original's metric."""
+
+    kind: BudgetKind
+    bound: float
+    relative: bool = False
+
+    @property
+    def at_least(self) -> bool:
+        return self.kind in LOWER_BOUNDS
+
+    def holds(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
+
+    def margin(self, value: float) -> float:
+        """Room left, as a share of the bound; negative when the budget is broken."""
+        room = value - self.bound if self.at_least else self.bound - value
+        return room / self.bound if self.bound else (0.0 if room == 0 else room)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Response-based distillation (Hinton et al. 2015, arXiv:1503.02531).
+
+    `steps` fixes the length, so that the same build gives the same bytes; `time` only ends a run that takes too long,
+    and the report says when it did. `teacher_weight` is the share of the softened KL term where labels exist.
+    """
+
+    steps: int = 400
+    learning_rate: float = 1e-3
+    temperature: float = 4.0
+    teacher_weight: float = 0.7
+    time: Seconds = Seconds(600.0)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A target plus the budgets and the artifact kind; one TOML in `profiles/`.
+
+    `also_on` lists further targets on which the budgets must hold as well. `time` bounds the whole build.
+    """
+
+    name: str
+    title: str
+    target: str
+    artifact: Literal["pte", "torchscript"]
+    budgets: tuple[Budget, ...]
+    also_on: tuple[str, ...] = ()
+    threads: int = 1
+    techniques: tuple[Technique, ...] = TECHNIQUES
+    rounds: int = 4
+    time: Seconds = Seconds(1800.0)
+    seed: int = 0
+    distillation: Distillation = Distillation()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target, *(name for name in self.also_on if name != self.target))
+
+    def budget(self, kind: BudgetKind) -> Budget | None:
+        return next((budget for budget in self.budgets if budget.kind == kind), None)
+
+
+# ----------------------------------------------------------------------------------------------- what a model is
+
+Precision = Literal["fp32", "int8"]
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What analysis says of one layer for a single sample (batch size 1).
+
+    `op` is conv2d, linear, or the name of an operator without weights that analysis can resize. `positions` counts what the weights are
+    applied to: output height x width for a convolution, rows for a linear layer. `in_elements` and `out_elements`
+    are activations of a sample. For a depthwise convolution `groups` equals `in_channels`.
+    """
+
+    name: str
+    op: str
+    in_channels: int
+    out_channels: int
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    positions: int = 1
+    in_elements: int = 0
+    out_elements: int = 0
+    bias: bool = False
+    in_shape: tuple[int, ...] = ()
+    out_shape: tuple[int, ...] = ()
+
+    @property
+    def weighted(self) -> bool:
+        return self.op in ("conv2d", "linear")
+
+    @property
+    def depthwise(self) -> bool:
+        return self.op == "conv2d" and self.groups > 1 and self.groups == self.in_channels
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight tensor, without the bias."""
+        return self.out_channels * (self.in_channels // self.groups) * prod(self.kernel) if self.weighted else 0
+
+    @property
+    def parameters(self) -> int:
+        return self.weights + (self.out_channels if self.bias else 0)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample."""
+        return self.weights * self.positions
+
+    def bytes_moved(self, precision: Precision) -> int:
+        """Bytes read and written once each: input, output and weights."""
+        size = 1 if precision == "int8" else 4
+        return size * (self.in_elements + self.out_elements + self.weights) + (4 * self.out_channels if self.bias else 0)
+
+    def at(self, in_channels: int, out_channels: int) -> "LayerFacts":
+        """The same layer at other widths."""
+        groups = in_channels if self.depthwise else self.groups
+        return replace(
+            self,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=groups,
+            in_elements=round(self.in_elements * in_channels / max(self.in_channels, 1)),
+            out_elements=round(self.out_elements * out_channels / max(self.out_channels, 1)),
+        )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a group's channels lie in a layer: channel c is the layer's `start + c * each` up to `start + (c + 1) * each`.
+
+    `each` is 1 for a convolution, height x width for a linear layer behind a flatten; `start` is not 0 behind a concat.
+    """
+
+    start: int
+    each: int
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """The channels that must be pruned together: those of every layer in `outputs`, read by every layer in `inputs`.
+
+    `name` is the first layer that makes the channels. A depthwise convolution and an operator without weights stand in
+    both maps.
+    """
+
+    name: str
+    channels: int
+    outputs: Mapping[str, Slot]
+    inputs: Mapping[str, Slot]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A tensor of the schedule: its elements for a sample, and the steps of its definition and its last use.
+
+    It has `channels` channels, of which group g makes `groups[g]` for each of its own.
+    """
+
+    name: str
+    elements: int
+    born: int
+    dies: int
+    channels: int
+    groups: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The whole analysis: layers in execution order, groups, the liveness schedule."""
+
+    layers: tuple[LayerFacts, ...]
+    groups: tuple[ChannelGroup, ...]
+    activations: tuple[Activation, ...]
+    unprunable: Mapping[str, str] = field(default_factory=dict)  # layer -> why its channels are fixed
+
+    def layer(self, name: str) -> LayerFacts:
+        return self._layers[name]
+
+    def group(self, name: str) -> ChannelGroup:
+        return self._groups[name]
+
+    @cached_property
+    def _layers(self) -> Mapping[str, LayerFacts]:
+        return {layer.name: layer for layer in self.layers}
+
+    @cached_property
+    def _groups(self) -> Mapping[str, ChannelGroup]:
+        return {group.name: group for group in self.groups}
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def macs(self) -> int:
+        return sum(layer.macs for layer in self.layers)
+
+
+# ------------------------------------------------------------------------------------------------------- plans
+
+FormKind = Literal["svd", "spatial", "tucker2"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Predicted cost of a layer or of a model; `latency` in seconds."""
+
+    size: float = 0.0
+    latency: float = 0.0
+    peak_memory: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.size + other.size, self.latency + other.latency, max(self.peak_memory, other.peak_memory))
+
+
+@dataclass(frozen=True)
+class Width:
+    """Keep `channels` of a group's `of` channels."""
+
+    group: str
+    channels: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """A layer as a product of smaller ones; `ranks` is (r,) for svd and spatial, (r_out, r_in) for tucker2."""
+
+    layer: str
+    kind: FormKind
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to realise a group (`choice` is a Width) or a layer (a Form), with its estimated loss increase.
+
+    The loss is in nats of the model's own output distribution, as `edgebuild.sensitivity` defines it.
+    """
+
+    choice: Width | Form
+    loss: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do to the model, as data; ships with the artifact and can be built again from its JSON.
+
+    `base` says which model is compressed: the task's own or the student that it brings. `widths` and `forms` hold what
+    changes; everything they do not name stays. `why` says in plain words what each technique was needed for.
+    """
+
+    base: Literal["model", "student"] = "model"
+    widths: tuple[Width, ...] = ()
+    forms: tuple[Form, ...] = ()
+    precision: Precision = "int8"
+    keep_fp32: tuple[str, ...] = ()
+    distil: bool = False
+    distil_steps: int = 0
+    why: tuple[str, ...] = ()
+    schema_version: int = 1
+
+    @property
+    def techniques(self) -> tuple[Technique, ...]:
+        used = {
+            "quantize": self.precision == "int8",
+            "prune": bool(self.widths),
+            "factorize": bool(self.forms),
+            "distil": self.distil,
+        }
+        return tuple(name for name in TECHNIQUES if used[name])
+
+    @property
+    def choices(self) -> "Plan":
+        """The plan without its explanation: two plans with equal choices build the same artifact."""
+        return replace(self, why=())
+
+
+def factors(layer: LayerFacts, form: Form) -> tuple[LayerFacts, ...]:
+    """The layers that stand in for a factorized one, in order; the last keeps the bias."""
+    n, m = layer.in_channels, layer.out_channels
+    if layer.op == "linear":
+        rows, (r,) = layer.positions, form.ranks
+        return (
+            _factor(layer, 0, n, r, (), (), rows, rows, bias=False),
+            _factor(layer, 1, r, m, (), (), rows, rows, bias=layer.bias),
+        )
+    (kh, kw), (sh, sw) = layer.kernel, layer.stride
+    before, after = prod(layer.in_shape[2:]), layer.positions
+    if form.kind == "svd":
+        (r,) = form.ranks
+        return (
+            _factor(layer, 0, n, r, (1, 1), (sh, sw), before, after, bias=False),
+            _factor(layer, 1, r, m, (1, 1), (1, 1), after, after, bias=layer.bias),
+        )
+    if form.kind == "spatial":
+        (r,) = form.ranks
+        between = layer.out_shape[2] * layer.in_shape[3]
+        return (
+            _factor(layer, 0, n, r, (kh, 1), (sh, 1), before, between, bias=False),
+            _factor(layer, 1, r, m, (1, kw), (1, sw), between, after, bias=layer.bias),
+        )
+    r_out, r_in = form.ranks
+    return (
+        _factor(layer, 0, n, r_in, (1, 1), (1, 1), before, before, bias=False),
+        _factor(layer, 1, r_in, r_out, (kh, kw), (sh, sw), before, after, bias=False),
+        _factor(layer, 2, r_out, m, (1, 1), (1, 1), after, after, bias=layer.bias),
+    )
+
+
+def pays(layer: LayerFacts, form: Form) -> bool:
+    """Whether the factors need fewer multiply-accumulates and weights than the layer, with ranks that it can have."""
+    if form.kind == "tucker2" and (form.ranks[0] >= layer.out_channels or form.ranks[1] >= layer.in_channels):
+        return False
+    parts = factors(layer, form)
+    return sum(part.macs for part in parts) < layer.macs and sum(part.weights for part in parts) < layer.weights
+
+
+def _factor(
+    layer: LayerFacts,
+    index: int,
+    in_channels: int,
+    out_channels: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    before: int,
+    after: int,
+    bias: bool,
+) -> LayerFacts:
+    return LayerFacts(
+        name=f"{layer.name}.{index}",
+        op=layer.op,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel=kernel,
+        stride=stride,
+        positions=after,
+        in_elements=in_channels * before,
+        out_elements=out_channels * after,
+        bias=bias,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what was found
+
+Method = Literal["measured", "simulated", "estimated", "counted"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A figure and how it was come by.
+
+    `quantity` is a BudgetKind (or `latency_min` and the like); `error` is the relative half-width of its error band, 0 where the
+    figure is exact or measured. `runs` counts repetitions, `detail` says the rest.
+    """
+
+    target: str
+    quantity: str
+    value: float
+    method: Method
+    error: float = 0.0
+    runs: int = 1
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Outputs of an artifact against eager PyTorch on the task's real inputs.
+
+    `sqnr_db`: signal to quantization-noise ratio, 10 log10(sum y^2 / sum (y - y')^2). `agreement`: share of samples with the same
+    top-1; None where the output is no vector of scores. `reference` says what it was held against.
+    """
+
+    target: str
+    reference: str
+    samples: int
+    sqnr_db: float
+    agreement: float | None
+    bit_exact: bool
+    max_abs: float
+    ok: bool
+    first_divergence: str = ""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The task's metric of the original and of the artifact, each with a 95% interval where one can be given."""
+
+    metric: str
+    original: float
+    artifact: float
+    samples: int
+    original_interval: tuple[float, float] | None
+    artifact_interval: tuple[float, float] | None
+    drop: float
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A budget held against a figure on one target ("" where the budget is the artifact's own)."""
+
+    kind: BudgetKind
+    target: str
+    bound: float
+    predicted: float | None
+    value: float | None
+    method: Method | None
+    margin: float | None
+    status: Literal["pass", "fail", "inconclusive"]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A lowered model: its bytes and what the backend says of it.
+
+    `delegated` counts operators in and out of the delegate; `fallen_back` names each operator that stayed outside with
+    the source line it came from.
+    """
+
+    kind: Literal["pte", "torchscript"]
+    data: bytes = field(repr=False)
+    backend: str
+    delegated: int
+    not_delegated: int
+    fallen_back: tuple[str, ...]
+    planned_memory: int
+
+    @property
+    def suffix(self) -> str:
+        return {"pte": ".pte", "torchscript": ".pt"}[self.kind]
+
+    @property
+    def share_delegated(self) -> float:
+        total = self.delegated + self.not_delegated
+        return self.delegated / total if total else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- the report
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that must not stay silent: a fallback, a skipped check, an estimate in place of a measurement."""
+
+    kind: Literal["fallback", "skipped", "estimated", "limit", "note"]
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer before and after; sizes in parameters. `latency` is the prediction for each target, in seconds."""
+
+    name: str
+    op: str
+    change: str
+    precision: Precision
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    latency: Mapping[str, float]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One pass of the loop: a plan, what the cost model said of it, what was found. `size` in bytes."""
+
+    number: int
+    plan: Plan
+    artifact_sha256: str
+    size: int
+    verdicts: tuple[Verdict, ...]
+    training: str
+    corrections: Mapping[str, float]  # factor on the cost model that the plan was made with, by budget and target
+    met: bool
+
+
+@dataclass(frozen=True)
+class Reachable:
+    """Smallest predicted value that any plan reaches for a budget, with the other budgets left aside."""
+
+    kind: BudgetKind
+    target: str
+    bound: float
+    smallest: float
+    feasible: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a build found. `report.json` is this value; every other form of the report is made from that JSON alone.
+
+    `outcome`: met, broken (built, a budget failed), inconclusive (no budget failed, but one could not be decided) or infeasible
+    (nothing was built; `reachable` says what binds).
+    """
+
+    outcome: Literal["met", "broken", "inconclusive", "infeasible"]
+    summary: str
+    task: str
+    profile: str
+    targets: tuple[str, ...]
+    artifact: str
+    artifact_sha256: str
+    size: int
+    original_size: int
+    plan: Plan | None
+    verdicts: tuple[Verdict, ...]
+    accuracy: Accuracy | None
+    parity: tuple[Parity, ...]
+    measurements: tuple[Measurement, ...]
+    original_measurements: tuple[Measurement, ...]
+    layers: tuple[LayerRow, ...]
+    rounds: tuple[Round, ...]
+    reachable: tuple[Reachable, ...]
+    findings: tuple[Finding, ...]
+    stages: Mapping[str, float]  # seconds by stage
+    environment: Mapping[str, str]  # versions, machine, seed: what a rebuild would need
+    build_id: str = ""
+    schema_version: int = 1

@@ -1,0 +1,106 @@
+"""Imports point upward only: the table of DESIGN.md, enforced on the source."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "edgebuild"
+
+BASE = {"errors", "units", "spec"}
+MODEL = BASE | {"vision", "lift", "task"}
+
+# Module or package -> what it may import of edgebuild beside itself. Each names only what stands above it.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "units": {"errors"},
+    "spec": {"errors", "units"},
+    "catalog": BASE,
+    "cache": BASE,
+    "inputs": {"cache"},
+    "clock": set(),
+    "doctor": BASE,
+    "plan": BASE,
+    "vision": {"errors"},
+    "lift": BASE,
+    "task": BASE | {"vision"},
+    "load": MODEL | {"cache"},
+    "analyse": BASE | {"lift"},
+    "sensitivity": BASE | {"lift"},
+    "transforms": BASE | {"lift", "analyse", "sensitivity"},
+    "backends": BASE | {"lift"},
+    "devices": BASE | {"cache"},
+    "costs": BASE | {"cache", "plan", "devices"},
+    "verify": MODEL | {"load", "devices", "backends"},
+    "realise": MODEL | {"load", "cache", "analyse", "sensitivity", "transforms", "backends", "devices", "verify"},
+    "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
+    "environment": BASE,
+    "report": BASE,
+    "bundle": BASE | {"report"},
+    "propose": BASE | {"plan", "costs", "realise", "report"},
+}
+STAGES = set(MAY_IMPORT)
+MAY_IMPORT["loop"] = STAGES
+MAY_IMPORT["pipeline"] = STAGES | {"loop"}
+MAY_IMPORT["cli"] = STAGES | {"loop", "pipeline"}
+MAY_IMPORT["__main__"] = {"cli"}
+
+FRAMEWORKS = {"torch", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}
+# These never load a framework. The processes that devices start to run artifacts in are programs of their own.
+LIGHT = {
+    "errors",
+    "units",
+    "spec",
+    "catalog",
+    "cache",
+    "clock",
+    "inputs",
+    "doctor",
+    "plan",
+    "costs",
+    "devices",
+    "report",
+    "bundle",
+}
+WORKERS = {"devices.host_worker"}
+
+
+def sources() -> list[str]:
+    return sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+
+
+def module(source: str) -> str:
+    """ "report/__init__.py" -> "report", "devices/arm.py" -> "devices.arm"."""
+    return source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every imported name, at any depth of the file, as a full dotted path."""
+    for node in ast.walk(ast.parse((PACKAGE / source).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}:{node.lineno}: write the import in full, from the package on"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_the_table_itself_points_upward() -> None:
+    seen: set[str] = set()
+    for name, allowed in MAY_IMPORT.items():
+        assert allowed - {name} <= seen, f"{name} names what stands below it: {allowed - seen}"
+        seen.add(name)
+
+
+@pytest.mark.parametrize("source", [source for source in sources() if source != "__init__.py"])
+def test_imports_point_upward(source: str) -> None:
+    own = module(source).split(".")[0]
+    assert own in MAY_IMPORT, f"{source}: no row in the table of who may import whom"
+    used = {name.split(".")[1] for name in imports(source) if name.startswith("edgebuild.")} - {"__version__"}
+    assert used - {own} <= MAY_IMPORT[own], f"{source} may not import {sorted(used - {own} - MAY_IMPORT[own])}"
+
+
+@pytest.mark.parametrize("source", [source for source in sources() if module(source).split(".")[0] in LIGHT])
+def test_light_modules_load_no_framework(source: str) -> None:
+    heavy = {name.split(".")[0] for name in imports(source)} & FRAMEWORKS
+    assert not heavy or module(source) in WORKERS, f"{source} imports {sorted(heavy)}"

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+
+from edgebuild.analyse import analyse
+from edgebuild.errors import TransformError
+from edgebuild.lift import lift
+from edgebuild.sensitivity import measure
+from edgebuild.spec import Width
+from edgebuild.transforms import prune
+
+
+@pytest.fixture(scope="module")
+def analysed(small_net, image, images):
+    lifted = lift(small_net, image)
+    facts = analyse(lifted, image)
+    return lifted, facts, measure(lifted, facts, images, {}, logits=True)
+
+
+def test_widths_are_tiles_and_never_below_an_eighth():
+    assert prune.widths(128, 8) == tuple(sorted(prune.widths(128, 8), reverse=True))
+    assert all(width % 8 == 0 and 16 <= width < 128 for width in prune.widths(128, 8))
+    assert prune.widths(16, 8) == (12, 8, 4)
+    assert prune.widths(4, 8) == ()
+
+
+def test_candidates_lose_more_the_narrower_they_are(analysed):
+    _, facts, sensitivity = analysed
+    found = prune.candidates(facts, sensitivity, 8)
+    for group in facts.groups:
+        losses = [c.loss for c in found if c.choice.group == group.name]
+        assert losses == sorted(losses)
+        assert all(loss >= 0 for loss in losses)
+
+
+def test_the_least_important_channels_go(analysed, image):
+    lifted, facts, sensitivity = analysed
+    pruned = prune.apply(lifted, image, facts, sensitivity, [Width("hidden", 32, 48)])
+    kept = sorted(np.argsort(sensitivity.channel_scores("hidden"), kind="stable")[16:])
+    assert torch.equal(pruned.hidden.weight, lifted.hidden.weight[kept])
+    assert torch.equal(pruned.classify.weight, lifted.classify.weight[:, kept])
+
+
+def test_the_model_is_not_changed(analysed, image):
+    lifted, facts, sensitivity = analysed
+    before = {name: tensor.clone() for name, tensor in lifted.state_dict().items()}
+    prune.apply(lifted, image, facts, sensitivity, [Width("stem", 8, 16), Width("point", 16, 32)])
+    assert all(torch.equal(before[name], tensor) for name, tensor in lifted.state_dict().items())
+
+
+@pytest.mark.parametrize("width", [Width("stem", 8, 32), Width("nowhere", 8, 16), Width("stem", 0, 16), Width("stem", 20, 16)])
+def test_a_width_that_does_not_fit_is_refused_by_name(analysed, image, width):
+    lifted, facts, sensitivity = analysed
+    with pytest.raises(TransformError, match=width.group):
+        prune.apply(lifted, image, facts, sensitivity, [width])
