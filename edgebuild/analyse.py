@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -119,10 +119,10 @@ def _folded(node: fx.Node, model: fx.GraphModule) -> bool:
 
 def _groups(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[list[ChannelGroup], dict[str, str]]:
     """Channel groups in execution order, by torch-pruning's dependency graph (Fang et al. 2023, arXiv:2301.12900)."""
-    order = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    order = list(dict.fromkeys(str(node.target) for node in model.graph.nodes if node.op == "call_module"))
     names = {module: name for name, module in model.named_modules()}
     try:
-        found = list(dependencies(model, inputs).get_all_groups(root_module_types=list(_WEIGHTED)))
+        found = list(_members(dependencies(model, inputs), {name: model.get_submodule(name) for name in order}, names))
     except Exception as error:  # a graph that the library cannot follow: nothing can be pruned, and the report says so
         return [], {"*": f"the channel dependencies could not be traced ({type(error).__name__}: {error})"}
     groups, unprunable = [], {}
@@ -133,6 +133,24 @@ def _groups(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[list[Cha
         elif group is not None:
             unprunable.update({name: reason for name in group.outputs})
     return sorted(groups, key=lambda group: order.index(group.name)), unprunable
+
+
+def _members(graph: Any, modules: Mapping[str, nn.Module], names: Mapping[Any, str]) -> Iterator[Any]:
+    """One dependency group for each layer that makes channels of its own: a depthwise convolution passes on those of others."""
+    grouped: set[str] = set()
+    for name, module in modules.items():
+        depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+        if not isinstance(module, _WEIGHTED) or depthwise or name in grouped:
+            continue
+        count = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
+        members = graph.get_pruning_group(module, _pruner(module), idxs=list(range(count)))
+        makes = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
+        grouped |= {names[m.dep.target.module] for m in members if m.dep.handler in makes and m.dep.target.module in names}
+        yield members
+
+
+def _pruner(module: nn.Module) -> Any:
+    return tp.prune_conv_out_channels if isinstance(module, nn.Conv2d) else tp.prune_linear_out_channels
 
 
 def dependencies(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Any:
@@ -260,8 +278,7 @@ def cut(model: fx.GraphModule, inputs: tuple[Tensor, ...], drop: Mapping[str, li
     graph = dependencies(pruned, inputs)
     for name, channels in drop.items():
         root = pruned.get_submodule(name)
-        prune = tp.prune_conv_out_channels if isinstance(root, nn.Conv2d) else tp.prune_linear_out_channels
-        graph.get_pruning_group(root, prune, idxs=sorted(channels)).prune()
+        graph.get_pruning_group(root, _pruner(root), idxs=sorted(channels)).prune()
     return pruned
 
 

@@ -6,13 +6,15 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("edgebuild", "torch", "executorch", "torchao", "torchvision", "torch-pruning", "tensorly", "numpy")
+from edgebuild import __version__
+
+PACKAGES = ("torch", "executorch", "torchao", "torchvision", "torch-pruning", "tensorly", "numpy")
 
 
 @cache
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that changes what is built; "absent" where one is not installed."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "edgebuild": __version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -156,9 +156,13 @@ def _mutates_views(source: fx.GraphModule) -> bool:
             written = node.args[0]
             if not isinstance(written, fx.Node):
                 return True
-            base = written.args[0] if written.target in _VIEWS and isinstance(written.args[0], fx.Node) else None
+            viewed = False
+            base = written
+            while base.target in _VIEWS and isinstance(base.args[0], fx.Node):
+                base = base.args[0]
+                viewed = viewed or len(base.users) > 1
             aliases = any(user.target in _VIEWS for user in written.users)
-            if (base and len(base.users) > 1) or (aliases and len(written.users) > 1):
+            if viewed or (aliases and len(written.users) > 1):
                 return True
     return False
 

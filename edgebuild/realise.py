@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -15,6 +14,7 @@ from edgebuild import cache
 from edgebuild.analyse import analyse, check_prunable
 from edgebuild.backends import BACKENDS
 from edgebuild.devices import Arrays
+from edgebuild.environment import versions
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
 from edgebuild.sensitivity import Sensitivity, measure
@@ -143,7 +143,7 @@ def _settings(plan: Plan, profile: Profile) -> str:
         "artifact": profile.artifact,
         "distillation": asdict(profile.distillation),
         "seed": profile.seed,
-        "versions": [version(name) for name in ("torch", "executorch", "torchao", "edgebuild", "torch-pruning", "tensorly")],
+        "versions": versions(),
     }
     return json.dumps(settings, sort_keys=True, default=str)
 

@@ -1,4 +1,4 @@
-"""Lowers chains of layers to an ExecuTorch program: what `host_rates` times. The one part of the host device with torch."""
+"""Lowers chains of layers to an ExecuTorch program: what `host_rates` times. No other part of the device needs torch."""
 
 from collections.abc import Mapping
 from typing import Any
