@@ -145,7 +145,9 @@ def _members(graph: Any, modules: Mapping[str, nn.Module], names: Mapping[Any, s
         count = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
         members = graph.get_pruning_group(module, _pruner(module), idxs=list(range(count)))
         makes = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
-        grouped |= {names[m.dep.target.module] for m in members if m.dep.handler in makes and m.dep.target.module in names}
+        grouped |= {
+            names[m.dep.target.module] for m in members if m.dep.handler in makes and m.dep.target.module in names
+        }
         yield members
 
 
@@ -251,9 +253,7 @@ def _with_weightless(
     return replace(group, outputs=outputs, inputs=inputs)
 
 
-def check_prunable(
-    model: fx.GraphModule, inputs: tuple[Tensor, ...], facts: ModelFacts
-) -> ModelFacts:
+def check_prunable(model: fx.GraphModule, inputs: tuple[Tensor, ...], facts: ModelFacts) -> ModelFacts:
     """Cut one channel off every group of a copy and run it; drop the groups that the graph cannot follow, with the reason."""
     kept, unprunable = [], dict(facts.unprunable)
     with torch.no_grad():

@@ -31,7 +31,8 @@ TaskArgument = Annotated[
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A shipped profile's name, or a path to a TOML.")]
 WeightsOption = Annotated[str | None, typer.Option(help="Weights of a torchvision model: safetensors or a state dict.")]
 CalibrationOption = Annotated[
-    str | None, typer.Option(help="Calibration inputs for torchvision models and .pt2 files: .npz or a folder of images.")
+    str | None,
+    typer.Option(help="Calibration inputs for torchvision models and .pt2 files: .npz or a folder of images."),
 ]
 
 
@@ -77,7 +78,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -86,14 +89,21 @@ def _options(
 def build(
     task: TaskArgument,
     profile: ProfileOption,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The bundle folder. [build/TASK-PROFILE]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The bundle folder. [build/TASK-PROFILE]")
+    ] = None,
     weights: WeightsOption = None,
     calibration: CalibrationOption = None,
-    student: Annotated[bool, typer.Option("--student", help="Compress the task's student in place of its model.")] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if nothing changed, and from scratch.")] = False,
+    student: Annotated[
+        bool, typer.Option("--student", help="Compress the task's student in place of its model.")
+    ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build even if nothing changed, and from scratch.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Also write report.json here, whatever the outcome.")] = None,
     inconclusive: Annotated[
-        str, typer.Option(help="What a budget that cannot be decided means: fail, warn, or by the target's status (auto).")
+        str,
+        typer.Option(help="What a budget that cannot be decided means: fail, warn, or by the target's status (auto)."),
     ] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the report.")] = False,
 ) -> None:
@@ -123,6 +133,7 @@ def build(
         console.print(f"{folder} is up to date: {known['summary']}", highlight=False, soft_wrap=True)
         raise typer.Exit(known["code"])
     inputs.watch()
+    _hush()
     from edgebuild import pipeline, report
 
     tell = (lambda message, seconds: None) if quiet else _progress
@@ -140,6 +151,17 @@ def build(
         manifest = cache.key((folder / "manifest.json").read_bytes())
         inputs.record(record, files, depends, {"code": code, "summary": made.summary, "manifest": manifest})
     raise typer.Exit(code)
+
+
+def _hush() -> None:
+    """Keep what the libraries warn each other about off the terminal: none of it is about the user's model."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    for name in ("torchao", "torch.utils._pytree", "torch.export", "executorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _intact(folder: Path, manifest: str) -> bool:
@@ -186,6 +208,7 @@ def inspect(
     """Print TASK's layers, channel groups and peak memory."""
     from rich.console import Console
 
+    _hush()
     from edgebuild import catalog
     from edgebuild.inspection import inspect as look
 
@@ -208,7 +231,9 @@ def init(
         path.write_text(starter, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
-    print(f"{path} is written: it builds as it is; put your model in. Next: edgebuild build {folder} --profile mobile-cpu")
+    print(
+        f"{path} is written: it builds as it is; put your model in. Next: edgebuild build {folder} --profile mobile-cpu"
+    )
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """The cost model: what a choice will weigh, how long it will run, how much memory it will take."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 
 from edgebuild.devices import DEVICES
 from edgebuild.plan import Choice, Limit
@@ -42,7 +42,7 @@ def size(choice: Choice) -> float:
     return FILE_BYTES + sum(layer_size(layer, precision) for layer, precision in choice.layers())
 
 
-@lru_cache(maxsize=None)
+@cache
 def layer_size(layer: LayerFacts, precision: Precision) -> float:
     """Bytes that a layer adds to the artifact."""
     if not layer.weighted:
@@ -56,7 +56,7 @@ def latency(choice: Choice, target: Target, threads: int) -> float:
     return sum(layer_latency(layer, precision, target, threads) for layer, precision in choice.layers())
 
 
-@lru_cache(maxsize=None)
+@cache
 def layer_latency(layer: LayerFacts, precision: Precision, target: Target, threads: int) -> float:
     """Seconds of a layer on a target, by the target's device."""
     return DEVICES[target.device].layer_latency(layer, precision, target, threads)
@@ -67,3 +67,9 @@ def peak_memory(choice: Choice) -> float:
     element = 1 if choice.precision == "int8" else 4
     weights = sum(layer_size(layer, precision) for layer, precision in choice.layers())
     return RUNTIME_BYTES + size(choice) + weights + element * choice.live_elements()
+
+
+def warm_up(targets: Sequence[Target], threads: int) -> None:
+    """Let each target's device measure what its predictions rest on, if it must; a second call costs nothing."""
+    for target in targets:
+        layer_latency(LayerFacts("probe", "linear", 8, 8), "fp32", target, threads)

@@ -116,7 +116,9 @@ def _check(model: nn.Module | ExportedProgram, lifted: fx.GraphModule, inputs: t
         expected, found = outputs_of(module(*inputs)), outputs_of(lifted(*inputs))
     for want, got in zip(expected, found, strict=True):
         if not torch.allclose(want, got, rtol=1e-4, atol=1e-4 * (1 + float(want.abs().max()))):
-            raise TaskError("the exported graph does not reproduce the model's outputs", "is the forward deterministic?")
+            raise TaskError(
+                "the exported graph does not reproduce the model's outputs", "is the forward deterministic?"
+            )
 
 
 def _rebuild(program: ExportedProgram) -> fx.GraphModule:

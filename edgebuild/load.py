@@ -58,7 +58,9 @@ def load(where: str, weights: str | None = None, calibration: str | None = None)
         name, task = _from_program(Path(where), calibration)
     else:
         if weights or calibration:
-            raise UsageError("--weights and --calibration are for torchvision models and .pt2 files; a task file loads its own")
+            raise UsageError(
+                "--weights and --calibration are for torchvision models and .pt2 files; a task file loads its own"
+            )
         name, task = _from_file(Path(where))
     return _checked(name, task, where)
 
@@ -73,7 +75,9 @@ def task_file(where: str | Path) -> Path:
     if not file.is_file():
         raise UsageError(f"no task file at {file}", "write one with: edgebuild init")
     if file.suffix != ".py":
-        raise UsageError(f"{file} is no task", "give a Python file, a folder with task.py, a .pt2 file or torchvision:NAME")
+        raise UsageError(
+            f"{file} is no task", "give a Python file, a folder with task.py, a .pt2 file or torchvision:NAME"
+        )
     return file
 
 
@@ -131,7 +135,9 @@ def _run(file: Path, function: Any) -> Any:
     except EdgebuildError:
         raise
     except (Exception, SystemExit) as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == file.parent]
+        frames = [
+            frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == file.parent
+        ]
         line = frames[-1].lineno if frames else getattr(error, "lineno", "?")
         where = frames[-1].filename if frames else str(file)
         message = " ".join(str(error).split())
@@ -161,7 +167,9 @@ def _from_program(path: Path, calibration: str | None) -> tuple[str, Task]:
     try:
         program: ExportedProgram = torch.export.load(path)
     except Exception as error:  # the reader raises whatever it likes
-        raise TaskError(f"{path} is no exported program that this PyTorch can read: {' '.join(str(error).split())[:200]}") from None
+        raise TaskError(
+            f"{path} is no exported program that this PyTorch can read: {' '.join(str(error).split())[:200]}"
+        ) from None
     if program.example_inputs is None or program.example_inputs[1]:
         raise TaskError(f"{path} has no positional example inputs", "export with torch.export.export(model, inputs)")
     example = tuple(program.example_inputs[0])
@@ -180,7 +188,9 @@ def _refuse_pickles(path: Path) -> None:
                 if name.endswith("_config.json"):
                     for entry in json.loads(archive.read(name)).get("config", {}).values():
                         if entry.get("use_pickle") or entry.get("tensor_meta") is None:
-                            raise TaskError(f"{path} holds a pickle ({entry.get('path_name')}), which is not read", remedy)
+                            raise TaskError(
+                                f"{path} holds a pickle ({entry.get('path_name')}), which is not read", remedy
+                            )
                 elif name.endswith(".pt"):
                     torch.load(io.BytesIO(archive.read(name)), weights_only=True)
     except TaskError:
@@ -240,13 +250,19 @@ def _checked(name: str, task: Task, where: str) -> Loaded:
         task = replace(task, model=task.model.eval())
         for key, value in task.model.state_dict().items():  # type: ignore[union-attr]
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise TaskError(f"task {name!r}: the weights hold NaN or infinity, first in {key!r}", "was the training stable?")
+                raise TaskError(
+                    f"task {name!r}: the weights hold NaN or infinity, first in {key!r}", "was the training stable?"
+                )
     elif isinstance(task.model, ExportedProgram):
         for key, value in task.model.state_dict.items():
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise TaskError(f"task {name!r}: the weights hold NaN or infinity, first in {key!r}", "was the training stable?")
+                raise TaskError(
+                    f"task {name!r}: the weights hold NaN or infinity, first in {key!r}", "was the training stable?"
+                )
     else:
-        raise TaskError(f"task {name!r}: model is a {type(task.model).__name__}, not a torch.nn.Module or an exported program")
+        raise TaskError(
+            f"task {name!r}: model is a {type(task.model).__name__}, not a torch.nn.Module or an exported program"
+        )
     samples = tuple(islice(_samples(name, task.calibration, example), CALIBRATION_SAMPLES))
     if not samples:
         raise TaskError(f"task {name!r}: the calibration set is empty", "give at least one batch of inputs")
@@ -256,12 +272,18 @@ def _checked(name: str, task: Task, where: str) -> Loaded:
 
 def _sources(name: str, task: Task, where: Path) -> str:
     folder = where if where.is_dir() else where.parent
-    code = [path.read_bytes() for path in sorted(folder.glob("*.py"))] if where.is_dir() or where.suffix == ".py" else []
+    code = (
+        [path.read_bytes() for path in sorted(folder.glob("*.py"))] if where.is_dir() or where.suffix == ".py" else []
+    )
     seen: list[bytes] = []
     if task.train is not None:
         try:
             for batch in islice(task.train(), HASHED_BATCHES):
-                seen += [x.contiguous().numpy().tobytes() for x in torch.utils._pytree.tree_leaves(batch) if isinstance(x, Tensor)]
+                seen += [
+                    x.contiguous().numpy().tobytes()
+                    for x in torch.utils._pytree.tree_leaves(batch)
+                    if isinstance(x, Tensor)
+                ]
         except Exception as error:  # the user's function
             raise TaskError(f"task {name!r}: train() failed: {type(error).__name__}: {error}") from error
         if not seen:
@@ -274,7 +296,9 @@ def _samples(name: str, batches: Iterable[Any], example: tuple[Tensor, ...]) -> 
         for batch in batches:
             inputs = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
             if len(inputs) != len(example) or not all(isinstance(x, Tensor) for x in inputs):
-                raise TaskError(f"task {name!r}: a calibration batch is not {len(example)} tensor(s)", "leave the labels out")
+                raise TaskError(
+                    f"task {name!r}: a calibration batch is not {len(example)} tensor(s)", "leave the labels out"
+                )
             for i in range(len(inputs[0])):
                 sample = tuple(x[i : i + 1].to(e.dtype) for x, e in zip(inputs, example, strict=True))
                 for x, e in zip(sample, example, strict=True):
@@ -288,7 +312,9 @@ def _samples(name: str, batches: Iterable[Any], example: tuple[Tensor, ...]) -> 
     except EdgebuildError:
         raise
     except Exception as error:  # the user's iterable
-        raise TaskError(f"task {name!r}: reading the calibration inputs failed: {type(error).__name__}: {error}") from error
+        raise TaskError(
+            f"task {name!r}: reading the calibration inputs failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_forward(name: str, task: Task) -> None:
@@ -298,9 +324,13 @@ def _check_forward(name: str, task: Task) -> None:
     for role, candidate in models.items():
         try:
             with torch.no_grad():
-                outputs = outputs_of(candidate.eval()(*task.example_inputs) if role == "student" else candidate(*task.example_inputs))
+                outputs = outputs_of(
+                    candidate.eval()(*task.example_inputs) if role == "student" else candidate(*task.example_inputs)
+                )
         except Exception as error:  # the user's forward
-            raise TaskError(f"task {name!r}: the {role} fails on the example inputs: {' '.join(str(error).split())[:300]}") from error
+            raise TaskError(
+                f"task {name!r}: the {role} fails on the example inputs: {' '.join(str(error).split())[:300]}"
+            ) from error
         if not outputs:
             raise TaskError(f"task {name!r}: the {role} returns no tensor")
         if not all(torch.isfinite(y).all() for y in outputs if y.is_floating_point()):

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import fx
@@ -134,10 +134,14 @@ def improve(
             rounds.append(_round(len(rounds) + 1, attempt, factors))
             clock.tell(f"round {len(rounds)}: {_in_words(attempt)}")
             if attempt.outcome == "met":
-                return Found(attempt, tuple(rounds), reachable_now(base, profile, targets, factors), False, tuple(findings))
+                return Found(
+                    attempt, tuple(rounds), reachable_now(base, profile, targets, factors), False, tuple(findings)
+                )
             factors = _corrected(factors, attempt)
             if clock.elapsed > profile.time:
-                findings.append(Finding("limit", "time", f"the profile's time, {profile.time}, was over after round {len(rounds)}"))
+                findings.append(
+                    Finding("limit", "time", f"the profile's time, {profile.time}, was over after round {len(rounds)}")
+                )
                 break
         reach = reachable_now(base, profile, targets, factors)
         if clock.elapsed > profile.time:
@@ -192,17 +196,24 @@ def _attempt(
         for target in _with_host(targets):
             device = DEVICES[target.device]
             try:
-                with clock.stage("verify", f"comparing outputs on {target.name}"), device.load(artifact, target, profile.threads) as session:
+                with (
+                    clock.stage("verify", f"comparing outputs on {target.name}"),
+                    device.load(artifact, target, profile.threads) as session,
+                ):
                     outputs[target.name] = verify.run(session, samples)
                     if target.device == "host" and original.score is not None:
-                        accuracy = verify.accuracy(loaded.task.metric, original.score, verify.score(loaded, verify.predictor(session)))
+                        accuracy = verify.accuracy(
+                            loaded.task.metric, original.score, verify.score(loaded, verify.predictor(session))
+                        )
                 with clock.stage("measure", f"measuring on {target.name}"):
                     arrays = [verify.to_arrays(sample) for sample in samples]
                     measurements += device.measure(artifact, target, profile.threads, arrays, layers)
             except DeviceError as error:
                 findings.append(Finding("skipped", target.name, f"the artifact could not be run: {error}"))
                 continue
-            parity.append(verify.parity(outputs[target.name], built.expected, target.name, "eager, as lowered", least, logits))
+            parity.append(
+                verify.parity(outputs[target.name], built.expected, target.name, "eager, as lowered", least, logits)
+            )
     if "host" in outputs:
         original_outputs = verify.eager(original.model, samples)
         parity.append(verify.parity(outputs["host"], original_outputs, "host", "the original model", -1e9, logits))
@@ -213,9 +224,7 @@ def _attempt(
         findings.append(_diverging(built, loaded, profile, inputs, least))
     verdicts = _verdicts(profile, targets, proposal, built, measurements, accuracy)
     findings += _estimates(measurements)
-    return Attempt(
-        base, proposal, built, tuple(measurements), tuple(parity), accuracy, verdicts, tuple(findings)
-    )
+    return Attempt(base, proposal, built, tuple(measurements), tuple(parity), accuracy, verdicts, tuple(findings))
 
 
 def _verdicts(
@@ -254,7 +263,9 @@ def _estimates(measurements: Sequence[Measurement]) -> list[Finding]:
 def _diverging(built: Built, loaded: Loaded, profile: Profile, inputs: tuple, least: float) -> Finding:
     """Name the first layer whose lowered outputs differ from eager's."""
     if not isinstance(built.lowered, fx.GraphModule):
-        return Finding("note", "parity", "the artifact came from the cache; build with --rebuild to name the first diverging layer")
+        return Finding(
+            "note", "parity", "the artifact came from the cache; build with --rebuild to name the first diverging layer"
+        )
     device = DEVICES["host"]
 
     def outputs(artifact: Artifact, sample: tuple) -> Arrays:
@@ -314,7 +325,9 @@ def _round(number: int, attempt: Attempt, factors: Factors) -> Round:
         size=len(attempt.built.artifact.data),
         verdicts=attempt.verdicts,
         training=attempt.built.training,
-        corrections={f"{kind} {target}".strip(): round(factor, 4) for (kind, target), factor in sorted(factors.items())},
+        corrections={
+            f"{kind} {target}".strip(): round(factor, 4) for (kind, target), factor in sorted(factors.items())
+        },
         met=attempt.outcome == "met",
     )
 
@@ -324,7 +337,9 @@ def _in_words(attempt: Attempt) -> str:
     undecided = [f"{v.kind} on {v.target}" for v in attempt.verdicts if v.status == "inconclusive"]
     if attempt.outcome == "met":
         return "every budget is met"
-    return f"breaks {', '.join(broken)}" if broken else f"undecided: {', '.join(undecided) or 'outputs differ from eager'}"
+    return (
+        f"breaks {', '.join(broken)}" if broken else f"undecided: {', '.join(undecided) or 'outputs differ from eager'}"
+    )
 
 
 def _with_host(targets: Sequence[Target]) -> list[Target]:

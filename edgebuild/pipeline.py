@@ -17,8 +17,8 @@ from edgebuild.lift import batch_is_free, lift
 from edgebuild.load import Loaded, load
 from edgebuild.loop import Found, Original, improve, take_original
 from edgebuild.plan import choice_of
-from edgebuild.realise import Base, compress, prepare, train
-from edgebuild.spec import Finding, LayerFacts, LayerRow, Measurement, ModelFacts, Plan, Profile, Report, Target
+from edgebuild.realise import Base, prepare, train
+from edgebuild.spec import Finding, LayerFacts, LayerRow, Plan, Profile, Report, Target
 
 BUNDLED_VECTORS = 8
 
@@ -52,6 +52,8 @@ def build(request: Request, tell: Tell) -> Report:
     with clock.stage("devices", f"making {', '.join(target.name for target in targets)} ready"):
         for target in targets:
             DEVICES[target.device].check(target)
+    with clock.stage("calibrate", "timing this machine's kernels (once)"):
+        costs.warm_up(targets, profile.threads)
     with clock.stage("analyse", f"analysing {loaded.name}"):
         model = lift(loaded.task.model, loaded.task.example_inputs)
         profile, findings = _usable(profile, loaded, model)
@@ -76,7 +78,9 @@ def _usable(profile: Profile, loaded: Loaded, model: fx.GraphModule) -> tuple[Pr
     findings = []
     if "distil" in profile.techniques and not batch_is_free(model, loaded.task.example_inputs):
         profile = replace(profile, techniques=tuple(t for t in profile.techniques if t != "distil"))
-        findings.append(Finding("skipped", "distil", "the exported graph has a fixed batch size of 1: it cannot be trained"))
+        findings.append(
+            Finding("skipped", "distil", "the exported graph has a fixed batch size of 1: it cannot be trained")
+        )
     elif loaded.task.train is None and "distil" in profile.techniques:
         what = f"the task has no training batches: distillation sees {len(loaded.samples)} calibration inputs alone"
         findings.append(Finding("note", "distil", what))
@@ -181,7 +185,9 @@ def _layers(base: Base, plan: Plan, targets: Sequence[Target], threads: int) -> 
     forms = {form.layer: form for form in plan.forms}
     realised: dict[str, list[LayerFacts]] = {}
     for layer, _ in choice.layers():
-        name = layer.name if layer.name in {before.name for before in base.facts.layers} else layer.name.rpartition(".")[0]
+        name = (
+            layer.name if layer.name in {before.name for before in base.facts.layers} else layer.name.rpartition(".")[0]
+        )
         realised.setdefault(name, []).append(layer)
     rows = []
     for before in base.facts.layers:

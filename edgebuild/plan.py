@@ -6,7 +6,7 @@ need, then gives back whatever turned out not to be needed.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 
 from edgebuild.spec import (
     BudgetKind,
@@ -230,28 +230,35 @@ def _give_back(choice: Choice, moves: _Moves, limits: Sequence[Limit], avoid: Se
     improved = True
     while improved:
         improved = False
-        trials = [replace(choice, forms={k: v for k, v in choice.forms.items() if k != layer}) for layer in choice.forms]
+        trials = [
+            replace(choice, forms={k: v for k, v in choice.forms.items() if k != layer}) for layer in choice.forms
+        ]
         for name, width in choice.widths.items():
             wider = [option for option in moves.widths[name] if option > width]
             widths = {k: v for k, v in choice.widths.items() if k != name}
             trials.append(replace(choice, widths={**widths, name: min(wider)} if wider else widths))
         for trial in sorted(trials, key=lambda trial: _loss(trial, moves)):
-            if _loss(trial, moves) < _loss(choice, moves) and trial.sound() and _fits(trial, limits) and trial not in avoid:
+            if (
+                _loss(trial, moves) < _loss(choice, moves)
+                and trial.sound()
+                and _fits(trial, limits)
+                and trial not in avoid
+            ):
                 choice, improved = trial, True
                 break
     return choice
 
 
-@lru_cache(maxsize=None)
+@cache
 def _narrow(layer: LayerFacts, lost_in: int, lost_out: int) -> LayerFacts:
     return layer.at(layer.in_channels - lost_in, layer.out_channels - lost_out) if lost_in or lost_out else layer
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pays(layer: LayerFacts, form: Form) -> bool:
     return pays(layer, form)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _factors(layer: LayerFacts, form: Form) -> tuple[LayerFacts, ...]:
     return factors(layer, form)

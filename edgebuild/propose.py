@@ -10,7 +10,14 @@ from edgebuild.report.figures import figure
 from edgebuild.spec import Plan, Profile, Reachable, Target, Technique, Width
 
 # How far beyond a bound a prediction may lie and still be worth a measurement. Sizes are counted, the rest is modelled.
-DOUBT: Mapping[str, float] = {"size": 1.02, "latency": 1.3, "latency_p95": 1.5, "latency_p99": 1.5, "throughput": 1.3, "peak_memory": 1.3}
+DOUBT: Mapping[str, float] = {
+    "size": 1.02,
+    "latency": 1.3,
+    "latency_p95": 1.5,
+    "latency_p99": 1.5,
+    "throughput": 1.3,
+    "peak_memory": 1.3,
+}
 MOST_DISTILLATION = 4  # times the steps that the profile asks for
 
 Factors = dict[tuple[str, str], float]
@@ -32,7 +39,13 @@ def propose(
     start, limits = _start(base, profile), costs.limits(profile, targets, factors)
     done = [proposal.choice for proposal in tried]
     if not tried and _may_fit(start, limits):
-        return _proposal(base, start, limits, profile, ("int8 alone may fit" if start.precision == "int8" else "it may fit as it is",))
+        return _proposal(
+            base,
+            start,
+            limits,
+            profile,
+            ("int8 alone may fit" if start.precision == "int8" else "it may fit as it is",),
+        )
     found = search(start, base.candidates, limits, done)
     if found is None:
         relaxed = [replace(limit, bound=limit.bound * DOUBT[limit.kind]) for limit in limits]
@@ -65,9 +78,7 @@ def _may_fit(choice: Choice, limits: Sequence[Limit]) -> bool:
     return all(limit.predicted(choice) <= limit.bound * DOUBT[limit.kind] for limit in limits)
 
 
-def _proposal(
-    base: Base, choice: Choice, limits: Sequence[Limit], profile: Profile, why: tuple[str, ...]
-) -> Proposal:
+def _proposal(base: Base, choice: Choice, limits: Sequence[Limit], profile: Profile, why: tuple[str, ...]) -> Proposal:
     cut = bool(choice.widths or choice.forms)
     distil = cut and "distil" in profile.techniques
     if distil:
@@ -95,7 +106,9 @@ def _why(base: Base, start: Choice, choice: Choice, loss: float, limits: Sequenc
         if without is None:
             why.append(f"{technique}: without it no plan fits")
         elif without[1] > loss:
-            why.append(f"{technique}: without it the plan is estimated to lose {without[1]:.3g} nats instead of {loss:.3g}")
+            why.append(
+                f"{technique}: without it the plan is estimated to lose {without[1]:.3g} nats instead of {loss:.3g}"
+            )
         else:
             why.append(f"{technique}: it makes room at an estimated loss of {loss:.3g} nats")
     return tuple(why)

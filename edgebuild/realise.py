@@ -65,7 +65,9 @@ def lifted_digest(model: fx.GraphModule) -> str:
     return cache.key(str(model.graph), *tensors, *data)
 
 
-def prepare(name: str, model: fx.GraphModule, loaded: Loaded, profile: Profile, inputs_digest: str, fresh: bool) -> Base:
+def prepare(
+    name: str, model: fx.GraphModule, loaded: Loaded, profile: Profile, inputs_digest: str, fresh: bool
+) -> Base:
     """Analyse a lifted model and say what could be done to it."""
     inputs = loaded.task.example_inputs
     facts = analyse(model, inputs)
@@ -75,7 +77,11 @@ def prepare(name: str, model: fx.GraphModule, loaded: Loaded, profile: Profile, 
     samples = loaded.samples[:: max(1, len(loaded.samples) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
     wanted = "prune" in techniques or "factorize" in techniques
     logits = loaded.task.outputs == "logits"
-    found = measure(model, facts, samples if wanted else (), probes, logits, profile.seed) if wanted else Sensitivity({}, {})
+    found = (
+        measure(model, facts, samples if wanted else (), probes, logits, profile.seed)
+        if wanted
+        else Sensitivity({}, {})
+    )
     candidates: tuple[Candidate, ...] = ()
     if "prune" in techniques:
         candidates += prune.candidates(facts, found, TILE)
@@ -97,7 +103,9 @@ def realise(
     model = compress(base, plan, inputs)
     training = base.training
     if plan.distil:
-        settings = msgspec.convert({**asdict(profile.distillation), "steps": plan.distil_steps}, type(profile.distillation))
+        settings = msgspec.convert(
+            {**asdict(profile.distillation), "steps": plan.distil_steps}, type(profile.distillation)
+        )
         trained, how = train(model, teacher, loaded, settings, profile.seed, progress)
         model, training = trained, f"{training}; {how}".lstrip("; ")
     lowered: nn.Module = model

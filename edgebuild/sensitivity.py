@@ -57,11 +57,11 @@ def measure(
     Raises TaskError where outputs or gradients are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    consumers = {name: model.get_submodule(name) for group in facts.groups for name in group.inputs if _is_layer(facts, name)}
+    consumers = {
+        name: model.get_submodule(name) for group in facts.groups for name in group.inputs if _is_layer(facts, name)
+    }
     seen: dict[str, list[Tensor]] = {}
-    handles = [
-        module.register_forward_pre_hook(_keep_input(name, seen)) for name, module in sorted(consumers.items())
-    ]
+    handles = [module.register_forward_pre_hook(_keep_input(name, seen)) for name, module in sorted(consumers.items())]
     gates: dict[str, list[Tensor]] = {group.name: [] for group in facts.groups}
     probed: dict[str, list[Tensor]] = {name: [] for name in probes}
     for parameter in model.parameters():
@@ -98,7 +98,9 @@ def measure(
     )
     for name, rows in (*result.gates.items(), *result.probed.items()):
         if not np.isfinite(rows).all():
-            raise TaskError(f"the gradients at layer {name!r} are not finite", "check the weights and the calibration inputs")
+            raise TaskError(
+                f"the gradients at layer {name!r} are not finite", "check the weights and the calibration inputs"
+            )
     return result
 
 
@@ -128,7 +130,9 @@ def _negative_log_likelihood(outputs: tuple[Tensor, ...], logits: bool, generato
         if not y.is_floating_point() or not y.requires_grad:
             continue
         if not torch.isfinite(y).all():
-            raise TaskError("the model's outputs are not finite on the calibration inputs", "check the weights and the inputs")
+            raise TaskError(
+                "the model's outputs are not finite on the calibration inputs", "check the weights and the inputs"
+            )
         if logits and y.dim() >= 2:
             rows = (y / TEMPERATURE).flatten(0, -2)
             drawn = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)

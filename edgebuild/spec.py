@@ -226,7 +226,9 @@ class LayerFacts:
     def bytes_moved(self, precision: Precision) -> int:
         """Bytes read and written once each: input, output and weights."""
         size = 1 if precision == "int8" else 4
-        return size * (self.in_elements + self.out_elements + self.weights) + (4 * self.out_channels if self.bias else 0)
+        return size * (self.in_elements + self.out_elements + self.weights) + (
+            4 * self.out_channels if self.bias else 0
+        )
 
     def at(self, in_channels: int, out_channels: int) -> "LayerFacts":
         """The same layer at other widths."""

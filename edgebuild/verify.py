@@ -196,14 +196,24 @@ def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 def verdict(budget: Budget, target: str, predicted: float | None, found: Measurement | None, note: str = "") -> Verdict:
     """Pass or fail where the figure was measured; inconclusive where the bound lies inside an estimate's error band."""
     if found is None:
-        return Verdict(budget.kind, target, budget.bound, predicted, None, None, None, "inconclusive", note or "not measured")
+        return Verdict(
+            budget.kind, target, budget.bound, predicted, None, None, None, "inconclusive", note or "not measured"
+        )
     band = (found.value * max(0.0, 1 - found.error), found.value * (1 + found.error))
     held = [budget.holds(edge) for edge in band]
     status = "pass" if all(held) else "inconclusive" if any(held) else "fail"
     if status == "inconclusive":
         note = f"the bound lies inside the error band of an estimate (+-{found.error:.0%}) {note}".strip()
     return Verdict(
-        budget.kind, target, budget.bound, predicted, found.value, found.method, budget.margin(found.value), status, note  # type: ignore[arg-type]
+        budget.kind,
+        target,
+        budget.bound,
+        predicted,
+        found.value,
+        found.method,
+        budget.margin(found.value),
+        status,
+        note,  # type: ignore[arg-type]
     )
 
 

@@ -19,7 +19,7 @@ def quantizer(keep_fp32: tuple[str, ...] = ()) -> Any:
     from torch.ao.quantization import get_default_qconfig_mapping
 
     if ENGINE not in torch.backends.quantized.supported_engines:
-        raise BackendError(f"this PyTorch has no {ENGINE!r} quantization engine", "use artifact = \"pte\"")
+        raise BackendError(f"this PyTorch has no {ENGINE!r} quantization engine", 'use artifact = "pte"')
     torch.backends.quantized.engine = ENGINE
     mapping = get_default_qconfig_mapping(ENGINE)
     for name in keep_fp32:
@@ -38,5 +38,7 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
     except Exception as error:  # the tracer raises whatever it likes
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BackendError(f"TorchScript cannot take the model: {reason[:300]}") from error
-    operators = [node.kind() for node in traced.inlined_graph.nodes() if node.kind().startswith(("aten::", "quantized::"))]
+    operators = [
+        node.kind() for node in traced.inlined_graph.nodes() if node.kind().startswith(("aten::", "quantized::"))
+    ]
     return Artifact("torchscript", buffer.getvalue(), NAME, len(operators), 0, (), 0)

@@ -51,7 +51,9 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BackendError(f"XNNPACK cannot lower the model: {reason[:300]}") from error
     method = program.executorch_program.execution_plan[0]
-    return Artifact("pte", program.buffer, NAME, delegated, len(outside), tuple(outside), sum(method.non_const_buffer_sizes))
+    return Artifact(
+        "pte", program.buffer, NAME, delegated, len(outside), tuple(outside), sum(method.non_const_buffer_sizes)
+    )
 
 
 def _delegation(edge: Any) -> tuple[int, list[str]]:

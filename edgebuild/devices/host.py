@@ -61,17 +61,22 @@ class Worker:
         return self.ask("run", inputs)[1]
 
     def run_many(self, samples: Sequence[Arrays]) -> list[Arrays]:
-        """One inference after another, many to a request, so that the exchange does not outweigh small models."""
+        """One inference after another, many to a request, so that the exchange does not outweigh small models.
+
+        All samples have the shapes that the artifact was lowered for. Raises DeviceError as `run` does.
+        """
         outputs: list[Arrays] = []
         count = 1
         while len(outputs) < len(samples):
             chunk = samples[len(outputs) : len(outputs) + count]
+            try:
+                stacked = tuple(np.stack(arrays) for arrays in zip(*chunk, strict=True))
+            except ValueError as error:
+                raise DeviceError(f"{self.what}: the samples differ: {error}") from None
             began = monotonic()
-            found = self.ask("many", tuple(array for sample in chunk for array in sample), samples=len(chunk))[1]
-            each = len(found) // len(chunk)
-            outputs += [found[i : i + each] for i in range(0, len(found), each)]
-            size = sum(array.nbytes for sample in chunk for array in sample)
-            if monotonic() - began < SHARE / 2 and size < MOST_BYTES / 2:
+            found = self.ask("many", stacked)[1]
+            outputs += zip(*found, strict=True)
+            if monotonic() - began < SHARE / 2 and sum(array.nbytes for array in stacked) < MOST_BYTES / 2:
                 count *= 2
         return outputs
 
@@ -93,9 +98,7 @@ class Worker:
         )
         return found, answer["settled"]
 
-    def ask(
-        self, op: str, inputs: Arrays = (), timeout: float = TIMEOUT, **more: Any
-    ) -> tuple[dict[str, Any], Arrays]:
+    def ask(self, op: str, inputs: Arrays = (), timeout: float = TIMEOUT, **more: Any) -> tuple[dict[str, Any], Arrays]:
         """One request and its answer."""
         # safetensors keeps no strides: it writes the bytes of an array as they lie.
         body = tensors.save({str(i): np.array(array, order="C") for i, array in enumerate(inputs)}) if inputs else b""

@@ -53,15 +53,15 @@ def terms(layer: LayerFacts, precision: Precision, cache_size: int) -> dict[str,
     """
     elements = layer.in_elements + layer.out_elements
     if not layer.weighted:
-        return {f"{precision}.operator": 1, f"{precision}.element": elements}
+        return {"operator": 1, f"{precision}.element": elements}
     size = 1 if precision == "int8" else 4
     weights = size * layer.weights
     where = "streamed" if weights > cache_size / 2 else "cached"
     padded = _padded(layer, precision).macs
     if layer.depthwise:
-        return {f"{precision}.operator": 1, f"{precision}.depthwise_mac": padded, f"{where}_byte": weights}
+        return {"operator": 1, f"{precision}.depthwise_mac": padded, f"{where}_byte": weights}
     return {
-        f"{precision}.operator": 1,
+        "operator": 1,
         f"{precision}.mac": padded,
         f"{precision}.activation": elements,
         f"{where}_byte": weights,
@@ -123,7 +123,7 @@ METHODS: dict[str, tuple[tuple[LayerFacts, ...], Precision]] = {
     f"{name}_{precision}": (chain, precision)
     for precision in PRECISIONS
     for name, chain in CHAINS.items()
-    if not (precision == "int8" and name in ("call", "cached", "streamed"))  # terms that both precisions share
+    if not (precision == "int8" and name in ("call", "operator", "cached", "streamed"))  # terms that both precisions share
 }
 
 

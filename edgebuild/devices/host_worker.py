@@ -5,7 +5,7 @@ A frame is MAGIC, the sizes of a JSON header (uint32) and of a body (uint64), th
 
     load    {}                            loads the artifact
     run     {}                            tensors in, the outputs of one inference out
-    many    {samples}                     the tensors of so many inferences in, their outputs out
+    many    {}                            samples stacked in a new dimension 0, run one by one; outputs stacked likewise
     memory  {}                            loads the artifact and runs it; `base` and `peak` resident bytes, `exact`
     time    {method, at_least, at_most}   nanoseconds of each run, int64, in seconds' bounds; `settled`
 
@@ -148,13 +148,13 @@ def _run(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
     return {}, _flat(model.method("forward")(inputs))
 
 
-def _many(model: _Model, inputs: tuple[Any, ...], samples: int) -> _Answer:
-    call, each = model.method("forward"), len(inputs) // samples
-    outputs: list[Any] = []
-    for i in range(0, len(inputs), each):
-        # Clones, since the next run writes over them.
-        outputs += [output.clone() for output in _flat(call(inputs[i : i + each]))]
-    return {}, outputs
+def _many(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
+    import torch
+
+    call = model.method("forward")
+    # Clones, since the next run writes over them.
+    outputs = [[tensor.clone() for tensor in _flat(call(sample))] for sample in zip(*inputs, strict=True)]
+    return {}, [torch.stack(tensors) for tensors in zip(*outputs, strict=True)]
 
 
 def _memory(model: _Model, inputs: tuple[Any, ...]) -> _Answer:

@@ -71,7 +71,9 @@ def apply(
             taught = outputs_of(teacher(*inputs)) if teacher is not None else ()
         loss = objective(results, taught, labels, settings, logits)
         if not torch.isfinite(loss):
-            raise TransformError(f"the training diverged at step {step}: loss {loss.item()}", "lower distillation.learning_rate")
+            raise TransformError(
+                f"the training diverged at step {step}: loss {loss.item()}", "lower distillation.learning_rate"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 5.0)
@@ -95,7 +97,9 @@ def objective(
         if logits:
             t = settings.temperature
             rows, wanted = (result / t).flatten(0, -2), (target / t).flatten(0, -2)
-            soft.append(F.kl_div(rows.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True) * t * t)
+            soft.append(
+                F.kl_div(rows.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True) * t * t
+            )
         else:
             soft.append(F.mse_loss(result, target))
     if labels is not None:

@@ -192,7 +192,9 @@ def _tucker2(layer: nn.Module, weight: Tensor, bias: Tensor | None, ranks: tuple
     n, m, (r_out, r_in) = layer.in_channels, layer.out_channels, ranks
     return [
         _filled(nn.Conv2d(n, r_in, 1, bias=False), into.T[:, :, None, None]),
-        _filled(nn.Conv2d(r_in, r_out, layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=False), core),
+        _filled(
+            nn.Conv2d(r_in, r_out, layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=False), core
+        ),
         _filled(nn.Conv2d(r_out, m, 1, bias=bias is not None), out[:, :, None, None], bias),
     ]
 

@@ -51,7 +51,9 @@ def apply(
         group = next((group for group in facts.groups if group.name == width.group), None)
         if group is None or group.channels != width.of or not 0 < width.channels <= width.of:
             have = f"{group.channels} channels" if group else "no such channel group"
-            raise TransformError(f"the plan keeps {width.channels} of {width.of} channels of {width.group!r}, which has {have}")
+            raise TransformError(
+                f"the plan keeps {width.channels} of {width.of} channels of {width.group!r}, which has {have}"
+            )
         if width.channels < width.of:
             drop[group.name] = _least_important_first(group, sensitivity)[: width.of - width.channels].tolist()
     pruned = cut(model, inputs, drop)

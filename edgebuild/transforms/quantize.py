@@ -21,7 +21,9 @@ def apply(
     Raises TaskError without samples.
     """
     if not samples:
-        raise TaskError("there are no calibration inputs to quantize with", "give the task at least one calibration batch")
+        raise TaskError(
+            "there are no calibration inputs to quantize with", "give the task at least one calibration batch"
+        )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if isinstance(quantizer, torch.ao.quantization.QConfigMapping):
@@ -43,7 +45,9 @@ def _pt2e(
     return converted
 
 
-def _fx(model: fx.GraphModule, inputs: tuple[Tensor, ...], samples: Sequence[tuple[Tensor, ...]], mapping: Any) -> nn.Module:
+def _fx(
+    model: fx.GraphModule, inputs: tuple[Tensor, ...], samples: Sequence[tuple[Tensor, ...]], mapping: Any
+) -> nn.Module:
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
     prepared = prepare_fx(copy.deepcopy(model).eval(), mapping, inputs)

@@ -25,13 +25,27 @@ def test_at_full_rank_nothing_changes(lifted, image, form):
     assert torch.allclose(factorize.apply(lifted, image, [form])(*image), lifted(*image), atol=1e-4)
 
 
-@pytest.mark.parametrize("form", [Form("hidden", "svd", (12,)), Form("right", "spatial", (8,)), Form("block.conv1", "tucker2", (8, 8))], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [Form("hidden", "svd", (12,)), Form("right", "spatial", (8,)), Form("block.conv1", "tucker2", (8, 8))],
+    ids=str,
+)
 def test_the_facts_of_the_factors_are_those_of_the_modules(lifted, image, form):
     result = lift(factorize.apply(lifted, image, [form]), image)
     facts = analyse(result, image)
     for predicted in factors(analyse(lifted, image).layer(form.layer), form):
         found = facts.layer(predicted.name)
-        for field in ("in_channels", "out_channels", "kernel", "stride", "positions", "weights", "macs", "in_elements", "out_elements"):
+        for field in (
+            "in_channels",
+            "out_channels",
+            "kernel",
+            "stride",
+            "positions",
+            "weights",
+            "macs",
+            "in_elements",
+            "out_elements",
+        ):
             assert getattr(predicted, field) == getattr(found, field), field
 
 

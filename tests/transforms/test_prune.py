@@ -48,7 +48,9 @@ def test_the_model_is_not_changed(analysed, image):
     assert all(torch.equal(before[name], tensor) for name, tensor in lifted.state_dict().items())
 
 
-@pytest.mark.parametrize("width", [Width("stem", 8, 32), Width("nowhere", 8, 16), Width("stem", 0, 16), Width("stem", 20, 16)])
+@pytest.mark.parametrize(
+    "width", [Width("stem", 8, 32), Width("nowhere", 8, 16), Width("stem", 0, 16), Width("stem", 20, 16)]
+)
 def test_a_width_that_does_not_fit_is_refused_by_name(analysed, image, width):
     lifted, facts, sensitivity = analysed
     with pytest.raises(TransformError, match=width.group):
