@@ -136,7 +136,7 @@ def _groups(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[list[Cha
 
 
 def _members(graph: Any, modules: Mapping[str, nn.Module], names: Mapping[Any, str]) -> Iterator[Any]:
-    """One dependency group for each layer that makes channels of its own: a depthwise convolution passes on those of others."""
+    """A dependency group for each layer that makes channels of its own; a depthwise convolution passes on others'."""
     grouped: set[str] = set()
     for name, module in modules.items():
         depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
@@ -254,7 +254,7 @@ def _with_weightless(
 
 
 def check_prunable(model: fx.GraphModule, inputs: tuple[Tensor, ...], facts: ModelFacts) -> ModelFacts:
-    """Cut one channel off every group of a copy and run it; drop the groups that the graph cannot follow, with the reason."""
+    """Cut a channel off every group of a copy and run it; drop groups that the graph cannot follow, with the reason."""
     kept, unprunable = [], dict(facts.unprunable)
     with torch.no_grad():
         expected = [tuple(y.shape) for y in outputs_of(model(*inputs))]

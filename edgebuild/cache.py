@@ -1,4 +1,4 @@
-"""A content-addressed store below `$EDGEBUILD_CACHE` (else the user's cache folder): toolchains, stage results, host rates."""
+"""A content-addressed store in `$EDGEBUILD_CACHE`, else the user's cache folder: toolchains, artifacts, host rates."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Finds and reads `targets/*.toml` and `profiles/*.toml`, by name or by path. Unknown keys and bare numbers are errors."""
+"""Finds and reads `targets/*.toml` and `profiles/*.toml`, by name or path. Unknown keys and bare numbers are errors."""
 
 import difflib
 import tomllib

@@ -16,7 +16,7 @@ PLANNED = ("size", "latency", "latency_p95", "latency_p99", "throughput", "peak_
 
 
 def limits(profile: Profile, targets: Sequence[Target], factors: dict[tuple[str, str], float]) -> tuple[Limit, ...]:
-    """The budgets that a plan can be made for, each with its cost function; `factors` corrects them by what was measured."""
+    """The budgets that a plan can be made for, each with its cost; `factors` corrects them by what was measured."""
     found = []
     for budget in profile.budgets:
         if budget.kind not in PLANNED:

@@ -1,4 +1,4 @@
-"""Checks that the installed packages fit each other: torch, torchvision, torchao and executorch are built against one another."""
+"""Checks that torch, torchvision, torchao and executorch, which are built against one another, fit each other."""
 
 from importlib.metadata import PackageNotFoundError, version
 

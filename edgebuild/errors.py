@@ -2,7 +2,7 @@
 
 
 class EdgebuildError(Exception):
-    """Base of every error that edgebuild raises on purpose; the CLI prints it in one line and exits with `exit_code`."""
+    """Base of every error raised on purpose; the CLI prints it in one line and exits with `exit_code`."""
 
     exit_code = 2
 

@@ -1,6 +1,6 @@
 """Which files a build read, and whether they have changed since: what makes a second build a matter of milliseconds.
 
-The files are recorded by watching what the process opens, and by the folder that the task lies in. Nothing here imports torch.
+The files are recorded by watching what the process opens, and the folder that the task lies in. No torch here.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def read_files(task: str) -> list[Path]:
-    """The files that were read, beside Python's own and the installed packages', and all that lie in the task's folder."""
+    """The files that were read, without Python's own and installed packages', and all that lie in the task's folder."""
     ours = [sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     ours += [str(Path(__file__).parent), str(cache.root()), "/proc", "/sys", "/dev", "/usr", "/etc", "/tmp/edgebuild-"]
     found = {Path(name).resolve() for name in list(_opened)}

@@ -64,8 +64,8 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
 def lift(model: nn.Module | ExportedProgram, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     """The model as a GraphModule of standard layers; the original is not changed and shares no parameter with it.
 
-    The batch dimension stays free where the model allows, so that the result can be trained on batches. Raises TaskError
-    where the model does not export or where the lifted graph does not reproduce its outputs.
+    The batch dimension stays free where the model allows, so that the result can be trained on batches. Raises
+    TaskError where the model does not export or where the lifted graph does not reproduce its outputs.
     """
     if isinstance(model, ExportedProgram):
         program = model
@@ -192,7 +192,7 @@ def _call(
 ) -> Any:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return graph.call_function(target, value(node.args), value(node.kwargs))
+        return graph.call_function(target, value(node.args), value(node.kwargs))  # type: ignore[arg-type]
     if _is_in_place(target):
         functional = str(target).split(".")[1].removesuffix("_")
         target = getattr(getattr(aten, functional), target._overloadname)

@@ -117,7 +117,7 @@ def _import(file: Path) -> ModuleType:
     sys.modules[spec.name] = module
     sys.path.insert(0, folder)
     try:
-        _run(file, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+        _run(file, lambda: spec.loader.exec_module(module))
     finally:
         sys.path.remove(folder)
         _imported.extend(
@@ -226,7 +226,7 @@ def _images(folder: Path, example: tuple[Tensor, ...], transform: Any) -> list[t
     if len(example) != 1 or example[0].dim() != 4:
         raise TaskError("a folder of images can calibrate a model with one image input alone", "give an .npz file")
     channels, height, width = example[0].shape[1:]
-    batches = []
+    batches: list[tuple[Tensor, ...]] = []
     for file in files:
         image = Image.open(file).convert("L" if channels == 1 else "RGB")
         if transform is not None:
@@ -248,7 +248,7 @@ def _checked(name: str, task: Task, where: str) -> Loaded:
         raise TaskError(f"task {name!r}: example_inputs do not have batch size 1: {[tuple(x.shape) for x in example]}")
     if isinstance(task.model, nn.Module):
         task = replace(task, model=task.model.eval())
-        for key, value in task.model.state_dict().items():  # type: ignore[union-attr]
+        for key, value in task.model.state_dict().items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise TaskError(
                     f"task {name!r}: the weights hold NaN or infinity, first in {key!r}", "was the training stable?"
@@ -304,7 +304,7 @@ def _samples(name: str, batches: Iterable[Any], example: tuple[Tensor, ...]) -> 
                 for x, e in zip(sample, example, strict=True):
                     if x.shape != e.shape:
                         raise TaskError(
-                            f"task {name!r}: a calibration input is {tuple(x.shape)}, the example input {tuple(e.shape)}"
+                            f"task {name!r}: a calibration input is {tuple(x.shape)}, the example {tuple(e.shape)}"
                         )
                     if x.is_floating_point() and not torch.isfinite(x).all():
                         raise TaskError(f"task {name!r}: a calibration input holds NaN or infinity")

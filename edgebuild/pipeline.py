@@ -166,8 +166,8 @@ def _summary(outcome: str, profile: Profile, found: Found) -> str:
         if not binding:
             return "no plan meets all budgets together, though each alone can be met"
         return "no plan is feasible: " + "; ".join(
-            f"{report.named(row.kind)}{f' on {row.target}' if row.target else ''} binds, {report.figure(row.kind, row.bound)} asked, "
-            f"nearest feasible {report.figure(row.kind, row.smallest)}"
+            f"{report.named(row.kind)}{f' on {row.target}' if row.target else ''} binds, "
+            f"{report.figure(row.kind, row.bound)} asked, nearest feasible {report.figure(row.kind, row.smallest)}"
             for row in binding
         )
     verdicts = found.best.verdicts if found.best else ()

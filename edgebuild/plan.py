@@ -119,7 +119,7 @@ def choice_of(facts: ModelFacts, plan: Plan) -> Choice:
 def search(
     start: Choice, candidates: Sequence[Candidate], limits: Sequence[Limit], avoid: Sequence[Choice] = ()
 ) -> tuple[Choice, float] | None:
-    """The choice with the least estimated loss that keeps every limit, and that loss in nats; None where none was found.
+    """The choice with least estimated loss that keeps every limit, and that loss in nats; None where none was found.
 
     Choices in `avoid` are not given again.
     """

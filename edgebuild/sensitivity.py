@@ -1,9 +1,9 @@
 """How much a change of a layer costs, from the task's own inputs and without labels.
 
-For a change of the weights dW, the loss is the model's own: the KL divergence between its output distribution before and
-after. To second order that is 1/2 E[(g . dW)^2], where g is the gradient of -log p(y) for a label y drawn from the model's
-output (the Fisher information; Martens 2020, arXiv:1412.1193; Theis et al. 2018, arXiv:1801.05787). It needs one backward pass a
-sample, is in nats, and is the same unit for a pruned channel, a lower rank and any other change of weights.
+For a change of the weights dW, the loss is the model's own: the KL divergence between its output distribution before
+and after. To second order that is 1/2 E[(g . dW)^2], where g is the gradient of -log p(y) for a label y drawn from the
+model's output (the Fisher information; Martens 2020, arXiv:1412.1193; Theis et al. 2018, arXiv:1801.05787). It needs
+one backward pass a sample, is in nats, and is the same unit for a pruned channel, a lower rank and any other change.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +18,8 @@ from edgebuild.errors import TaskError
 from edgebuild.lift import outputs_of
 from edgebuild.spec import ModelFacts
 
-# A trained classifier is so sure of itself that its gradients vanish; the softened distribution still ranks the changes,
-# and is the one that distillation fits.
+# A trained classifier is so sure of itself that its gradients vanish; the softened distribution still ranks the
+# changes, and is the one that distillation fits.
 TEMPERATURE = 4.0
 
 Probe = Callable[[Tensor], Tensor]
@@ -27,7 +27,7 @@ Probe = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Per sample s: `gates[group][s, c]` is g . dW for losing channel c of a group, `probed[layer][s, i]` that of a layer's candidate i."""
+    """g . dW for each sample s: `gates[group][s, c]` for losing channel c, `probed[layer][s, i]` for candidate i."""
 
     gates: Mapping[str, NDArray[np.float64]]
     probed: Mapping[str, NDArray[np.float64]]

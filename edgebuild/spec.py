@@ -55,7 +55,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Identity:
-    """What `/proc/cpuinfo` says of a core; XNNPACK picks its micro-kernels by it (implementer, part, ... as hex text)."""
+    """What `/proc/cpuinfo` says of a core, in hex; XNNPACK picks its micro-kernels by it."""
 
     implementer: str
     part: str
@@ -85,8 +85,8 @@ class Cluster:
 class Target:
     """A piece of hardware with its runtime; one TOML in `targets/`.
 
-    `device` names the module of `edgebuild.devices` that runs artifacts for it. `cluster` lists the cores, the ones that
-    run the model first; it and `memory` are empty for the host, whose figures are measured and not written down.
+    `device` names the module of `edgebuild.devices` that runs artifacts for it. `cluster` lists the cores, the ones
+    that run the model first; it and `memory` are empty for the host, whose figures are measured and not written down.
     `latency_error` is the relative error band of a latency that was estimated and not measured.
     """
 
@@ -182,9 +182,9 @@ Precision = Literal["fp32", "int8"]
 class LayerFacts:
     """What analysis says of one layer for a single sample (batch size 1).
 
-    `op` is conv2d, linear, or the name of an operator without weights that analysis can resize. `positions` counts what the weights are
-    applied to: output height x width for a convolution, rows for a linear layer. `in_elements` and `out_elements`
-    are activations of a sample. For a depthwise convolution `groups` equals `in_channels`.
+    `op` is conv2d, linear, or the name of an operator without weights. `positions` counts what the weights are applied
+    to: output height x width for a convolution, rows for a linear layer. `in_elements` and `out_elements` are the
+    activations of a sample. For a depthwise convolution `groups` equals `in_channels`.
     """
 
     name: str
@@ -245,7 +245,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a group's channels lie in a layer: channel c is the layer's `start + c * each` up to `start + (c + 1) * each`.
+    """Where a group's channels lie in a layer: c is the layer's `start + c * each` up to `start + (c + 1) * each`.
 
     `each` is 1 for a convolution, height x width for a linear layer behind a flatten; `start` is not 0 behind a concat.
     """
@@ -469,8 +469,8 @@ Method = Literal["measured", "simulated", "estimated", "counted"]
 class Measurement:
     """A figure and how it was come by.
 
-    `quantity` is a BudgetKind (or `latency_min` and the like); `error` is the relative half-width of its error band, 0 where the
-    figure is exact or measured. `runs` counts repetitions, `detail` says the rest.
+    `quantity` is a BudgetKind (or `latency_min` and the like); `error` is the relative half-width of its error band, 0
+    where the figure is exact or measured. `runs` counts repetitions, `detail` says the rest.
     """
 
     target: str
@@ -486,8 +486,8 @@ class Measurement:
 class Parity:
     """Outputs of an artifact against eager PyTorch on the task's real inputs.
 
-    `sqnr_db`: signal to quantization-noise ratio, 10 log10(sum y^2 / sum (y - y')^2). `agreement`: share of samples with the same
-    top-1; None where the output is no vector of scores. `reference` says what it was held against.
+    `sqnr_db`: signal to quantization-noise ratio, 10 log10(sum y^2 / sum (y - y')^2). `agreement`: share of samples
+    with the same top-1; None where the output is no vector of scores. `reference` says what it was held against.
     """
 
     target: str
@@ -611,8 +611,8 @@ class Reachable:
 class Report:
     """All that a build found. `report.json` is this value; every other form of the report is made from that JSON alone.
 
-    `outcome`: met, broken (built, a budget failed), inconclusive (no budget failed, but one could not be decided) or infeasible
-    (nothing was built; `reachable` says what binds).
+    `outcome`: met, broken (built, a budget failed), inconclusive (no budget failed, but one could not be decided) or
+    infeasible (nothing was built; `reachable` says what binds).
     """
 
     outcome: Literal["met", "broken", "inconclusive", "infeasible"]

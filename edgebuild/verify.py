@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from edgebuild.task import Predict
 # An int8 kernel rounds differently from its fp32 simulation, a little in every layer; a wrong one is below 0 dB.
 LEAST_SQNR_DB: dict[Precision, float] = {"fp32": 40.0, "int8": 15.0}
 
+Status = Literal["pass", "fail", "inconclusive"]
 
 # --------------------------------------------------------------------------------------------------------- parity
 
@@ -133,7 +134,7 @@ def _head(model: fx.GraphModule, last: str) -> fx.GraphModule:
 
 
 def score(loaded: Loaded, predict: Predict) -> tuple[float, int]:
-    """The task's metric of any callable, and how many samples it was taken over. Raises TaskError where evaluate fails."""
+    """The task's metric of any callable, and the samples it was taken over. Raises TaskError where evaluate fails."""
     assert loaded.task.evaluate is not None
     count = 0
 
@@ -201,7 +202,7 @@ def verdict(budget: Budget, target: str, predicted: float | None, found: Measure
         )
     band = (found.value * max(0.0, 1 - found.error), found.value * (1 + found.error))
     held = [budget.holds(edge) for edge in band]
-    status = "pass" if all(held) else "inconclusive" if any(held) else "fail"
+    status: Status = "pass" if all(held) else "inconclusive" if any(held) else "fail"
     if status == "inconclusive":
         note = f"the bound lies inside the error band of an estimate (+-{found.error:.0%}) {note}".strip()
     return Verdict(
@@ -213,7 +214,7 @@ def verdict(budget: Budget, target: str, predicted: float | None, found: Measure
         found.method,
         budget.margin(found.value),
         status,
-        note,  # type: ignore[arg-type]
+        note,
     )
 
 
@@ -225,5 +226,5 @@ def accuracy_verdict(budget: Budget, measured: Accuracy | None, reason: str) -> 
     absolute = Budget("accuracy_drop", bound)
     note = f"{budget.bound:.3g} of the original's metric" if budget.relative else ""
     drop = round(measured.drop, 12)
-    status = "pass" if absolute.holds(drop) else "fail"
+    status: Status = "pass" if absolute.holds(drop) else "fail"
     return Verdict("accuracy_drop", "", bound, None, drop, "measured", absolute.margin(drop), status, note)

@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 class SmallNet(nn.Module):
-    """A residual sum, a depthwise convolution, a concat, in-place operators, a flatten: what channel groups have to follow."""
+    """A residual sum, a depthwise convolution, a concat, in-place operators, a flatten: what channel groups follow."""
 
     def __init__(self) -> None:
         super().__init__()

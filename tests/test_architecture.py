@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": BASE,
     "inputs": {"cache"},
     "clock": set(),
+    "environment": set(),
     "doctor": BASE,
     "plan": BASE,
     "vision": {"errors"},
@@ -33,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "devices": BASE | {"cache"},
     "costs": BASE | {"cache", "plan", "devices"},
     "verify": MODEL | {"load", "devices", "backends"},
-    "realise": MODEL | {"load", "cache", "analyse", "sensitivity", "transforms", "backends", "devices", "verify"},
+    "realise": MODEL
+    | {"load", "cache", "environment", "analyse", "sensitivity", "transforms", "backends", "devices", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "environment": BASE,
     "report": BASE,

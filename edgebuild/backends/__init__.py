@@ -1,4 +1,4 @@
-"""Backends turn a model into an artifact. Each module offers `quantizer`, `lower` and `runs`; `BACKENDS` is the registry."""
+"""Backends turn a model into an artifact. Each module offers `quantizer` and `lower`; `BACKENDS` is the registry."""
 
 from edgebuild.backends import torchscript, xnnpack
 

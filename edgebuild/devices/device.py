@@ -42,7 +42,7 @@ class Device(Protocol):
         inputs: Sequence[Arrays],
         layers: Sequence[tuple[LayerFacts, Precision]],
     ) -> tuple[Measurement, ...]:
-        """Latency, throughput and peak memory; `layers`, what the artifact was lowered from, is for devices that estimate."""
+        """Latency, throughput, peak memory; `layers`, what the artifact is made of, is for those that estimate."""
         ...
 
     def layer_latency(self, layer: LayerFacts, precision: Precision, target: Target, threads: int) -> float:

@@ -1,4 +1,4 @@
-"""Lowers chains of layers to an ExecuTorch program: what `host_rates` times. No other part of the device needs torch."""
+"""Lowers chains of layers to an ExecuTorch program: what `host_rates` times. Only this part needs torch."""
 
 import gc
 from collections.abc import Mapping

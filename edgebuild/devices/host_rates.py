@@ -123,7 +123,9 @@ METHODS: dict[str, tuple[tuple[LayerFacts, ...], Precision]] = {
     f"{name}_{precision}": (chain, precision)
     for precision in PRECISIONS
     for name, chain in CHAINS.items()
-    if not (precision == "int8" and name in ("call", "operator", "cached", "streamed"))  # terms that both precisions share
+    if not (
+        precision == "int8" and name in ("call", "operator", "cached", "streamed")
+    )  # terms that both precisions share
 }
 
 

@@ -1,4 +1,4 @@
-"""The four techniques. `candidates()` says what could be done and what it would lose; `apply()` gives back a new model."""
+"""The four techniques: `candidates()` says what could be done and what it loses; `apply()` gives back a new model."""
 
 from edgebuild.transforms import distil, factorize, prune, quantize
 

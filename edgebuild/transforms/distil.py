@@ -1,4 +1,4 @@
-"""Response-based distillation: the student learns the teacher's softened outputs (Hinton et al. 2015, arXiv:1503.02531)."""
+"""Response-based distillation: a student learns a teacher's softened outputs (Hinton et al. 2015, arXiv:1503.02531)."""
 
 import copy
 import itertools

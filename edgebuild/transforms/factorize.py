@@ -1,7 +1,8 @@
 """Low-rank factorization of weights.
 
-svd: a linear layer or 1x1 convolution as two (Denton et al. 2014, arXiv:1404.0736). spatial: a k x k convolution as k x 1 and
-1 x k (Jaderberg et al. 2014, arXiv:1405.3866). tucker2: as 1x1, k x k on fewer channels, 1x1 (Kim et al. 2016, arXiv:1511.06530).
+svd: a linear layer or 1x1 convolution as two (Denton et al. 2014, arXiv:1404.0736).
+spatial: a k x k convolution as k x 1 and 1 x k (Jaderberg et al. 2014, arXiv:1405.3866).
+tucker2: as 1x1, k x k on fewer channels, and 1x1 (Kim et al. 2016, arXiv:1511.06530).
 """
 
 import copy
@@ -67,7 +68,7 @@ class _Basis:
 def probes(model: fx.GraphModule, facts: ModelFacts, tile: int) -> dict[str, Probe]:
     """For each layer with forms, the map from its weight's gradient to g . dW of every form."""
     return {
-        layer.name: _probe(model.get_submodule(layer.name).weight.detach(), forms(layer, tile))  # type: ignore[union-attr, operator]
+        layer.name: _probe(model.get_submodule(layer.name).weight.detach(), forms(layer, tile))  # type: ignore[operator]
         for layer in facts.layers
         if forms(layer, tile)
     }
@@ -124,7 +125,7 @@ def _matrix(weight: Tensor, kind: FormKind) -> Tensor:
 
 
 def apply(model: fx.GraphModule, inputs: tuple[Tensor, ...], chosen: Sequence[Form]) -> fx.GraphModule:
-    """A copy with each chosen layer replaced by its factors. Raises TransformError where a form does not fit its layer."""
+    """A copy with each chosen layer replaced by its factors. Raises TransformError where a form does not fit."""
     result = copy.deepcopy(model)
     for form in chosen:
         try:
@@ -158,8 +159,8 @@ def _check_form(layer: nn.Module, form: Form) -> None:
 
 
 def _decompose(layer: nn.Module, form: Form) -> list[nn.Module]:
-    weight = layer.weight.detach()  # type: ignore[union-attr, operator]
-    bias = layer.bias.detach() if layer.bias is not None else None  # type: ignore[union-attr, operator]
+    weight = layer.weight.detach()  # type: ignore[operator]
+    bias = layer.bias.detach() if layer.bias is not None else None  # type: ignore[operator]
     assert isinstance(weight, Tensor)
     if form.kind == "tucker2":
         return _tucker2(layer, weight, bias, form.ranks)
@@ -171,12 +172,12 @@ def _decompose(layer: nn.Module, form: Form) -> list[nn.Module]:
         return [_filled(first, right), _filled(second, left, bias)]
     assert isinstance(layer, nn.Conv2d)
     n, m, (kh, kw), (sh, sw) = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
+    (ph, pw), (dh, dw) = _padding(layer), layer.dilation
     if form.kind == "svd":
         return [
-            _filled(nn.Conv2d(n, r, 1, (sh, sw), layer.padding, bias=False), right[:, :, None, None]),
+            _filled(nn.Conv2d(n, r, 1, (sh, sw), (ph, pw), bias=False), right[:, :, None, None]),
             _filled(nn.Conv2d(r, m, 1, bias=bias is not None), left[:, :, None, None], bias),
         ]
-    (ph, pw), (dh, dw) = _padding(layer), layer.dilation
     vertical = left.reshape(n, kh, r).permute(2, 0, 1)[..., None]
     horizontal = right.reshape(r, m, kw).permute(1, 0, 2)[:, :, None, :]
     return [
@@ -190,11 +191,10 @@ def _tucker2(layer: nn.Module, weight: Tensor, bias: Tensor | None, ranks: tuple
     with tl.backend_context("pytorch"):
         (core, (out, into)), _ = partial_tucker(weight, rank=list(ranks), modes=[0, 1], init="svd", random_state=0)
     n, m, (r_out, r_in) = layer.in_channels, layer.out_channels, ranks
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     return [
         _filled(nn.Conv2d(n, r_in, 1, bias=False), into.T[:, :, None, None]),
-        _filled(
-            nn.Conv2d(r_in, r_out, layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=False), core
-        ),
+        _filled(nn.Conv2d(r_in, r_out, (kh, kw), (sh, sw), _padding(layer), (dh, dw), bias=False), core),
         _filled(nn.Conv2d(r_out, m, 1, bias=bias is not None), out[:, :, None, None], bias),
     ]
 
@@ -212,7 +212,7 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int]:
 
 def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
     with torch.no_grad():
-        layer.weight.copy_(weight)  # type: ignore[union-attr, operator]
+        layer.weight.copy_(weight)  # type: ignore[operator]
         if bias is not None:
-            layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
+            layer.bias.copy_(bias)  # type: ignore[operator]
     return layer.eval()

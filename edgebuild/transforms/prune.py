@@ -79,7 +79,7 @@ def _rising(found: list[Candidate]) -> list[Candidate]:
 def _check(pruned: fx.GraphModule, inputs: tuple[Tensor, ...], facts: ModelFacts, chosen: Sequence[Width]) -> None:
     for width in chosen:
         for name in (n for n in facts.group(width.group).outputs if facts.layer(n).weighted):
-            found = pruned.get_submodule(name).weight.shape[0]  # type: ignore[union-attr, index]
+            found = pruned.get_submodule(name).weight.shape[0]  # type: ignore[index]
             if found != width.channels:
                 raise TransformError(f"layer {name!r} has {found} channels after pruning, not {width.channels}")
     with torch.no_grad():
