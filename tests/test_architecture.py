@@ -35,9 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "costs": BASE | {"cache", "plan", "devices"},
     "verify": MODEL | {"load", "devices", "backends"},
     "realise": MODEL
-    | {"load", "cache", "environment", "analyse", "sensitivity", "transforms", "backends", "devices", "verify"},
+    | {"environment", "load", "cache", "analyse", "sensitivity", "transforms", "backends", "devices", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
-    "environment": BASE,
     "report": BASE,
     "bundle": BASE | {"report"},
     "propose": BASE | {"plan", "costs", "realise", "report"},

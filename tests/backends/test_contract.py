@@ -1,0 +1,54 @@
+"""What every backend promises: small artifacts that answer as eager does, in fp32 and int8, byte for byte the same twice."""
+
+import pytest
+
+from edgebuild import verify
+from edgebuild.backends import BACKENDS
+from edgebuild.devices import DEVICES
+from edgebuild.errors import BackendError
+from edgebuild.lift import lift
+from edgebuild.loop import HOST, _file
+from edgebuild.transforms import quantize
+
+
+@pytest.mark.parametrize("kind", sorted(BACKENDS))
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_artifacts_answer_as_eager_does(kind, precision, small_net, image, images):
+    backend, lifted = BACKENDS[kind], lift(small_net, image)
+    model = quantize.apply(lifted, image, images, backend.quantizer()) if precision == "int8" else lifted
+    artifact = backend.lower(model, image)
+    assert artifact.kind == kind and artifact.delegated > 0 and artifact.fallen_back == ()
+    assert (
+        len(artifact.data) < (4 if precision == "fp32" else 1.6) * sum(p.numel() for p in lifted.parameters()) + 40_000
+    )
+    with _file(artifact) as path, DEVICES["host"].load(path, HOST, 1) as session:
+        found = verify.run(session, images)
+    least = verify.LEAST_SQNR_DB[precision]
+    assert verify.parity(found, verify.eager(model, images), "host", "eager", least, logits=True).ok
+
+
+def test_lowering_twice_gives_the_same_bytes(small_net, image):
+    lifted = lift(small_net, image)
+    assert BACKENDS["pte"].lower(lifted, image).data == BACKENDS["pte"].lower(lifted, image).data
+
+
+def test_what_falls_off_the_delegate_is_named(image):
+    import torch
+
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return torch.cumsum(x, 1) + 1.0
+
+    artifact = BACKENDS["pte"].lower(lift(Odd(), image), image)
+    assert artifact.not_delegated >= 1 and any("cumsum" in operator for operator in artifact.fallen_back)
+
+
+def test_what_cannot_be_lowered_is_a_backend_error(image):
+    import torch
+
+    class Unknown(torch.nn.Module):
+        def forward(self, x):
+            return torch.linalg.svdvals(x)
+
+    with pytest.raises(BackendError, match="XNNPACK cannot lower"):
+        BACKENDS["pte"].lower(lift(Unknown(), image), image)

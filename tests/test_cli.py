@@ -1,0 +1,205 @@
+"""The command line as a user meets it: real processes, their exit codes, what they print and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edgebuild.spec import Plan
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "examples" / "digits"
+PROFILE = 'name = "p"\ntitle = "t"\ntarget = "host"\nartifact = "pte"\n[budgets]\nsize = "1 MiB"\naccuracy_drop = "2 points"\n'
+
+TASK = """
+import torch
+from torch import nn
+from edgebuild.task import Task, load_weights
+
+def task() -> Task:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    x = torch.randn(16, 1, 8, 8)
+    {extra}
+    return Task(model=model, example_inputs=(x[:1],), calibration={calibration})
+"""
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgebuild", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def write(folder: Path, extra: str = "", calibration: str = "[x]", profile: str = PROFILE) -> None:
+    (folder / "task.py").write_text(TASK.format(extra=extra, calibration=calibration))
+    (folder / "p.toml").write_text(profile)
+
+
+def errors(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+
+
+BRANCH = """
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x.mean((1, 2)) if x.sum() > 0 else -x.mean((1, 2))
+    model = Branch()
+"""
+PICKLE = """
+    import os, pickle
+    class Evil:
+        def __reduce__(self):
+            return (os.system, ("touch owned",))
+    pickle.dump({"w": Evil()}, open("w.pt", "wb"))
+    load_weights(model, "w.pt")
+"""
+OTHER = """
+    torch.save(nn.Linear(3, 3).state_dict(), "w.pt")
+    load_weights(model, "w.pt")
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "code", "message"),
+    [
+        ({"extra": "raise RuntimeError('no such luck')"}, 2, r"task.py:10: RuntimeError: no such luck"),
+        ({"extra": BRANCH}, 2, "the model does not export"),
+        ({"extra": OTHER}, 2, "weights of another model"),
+        ({"extra": PICKLE}, 2, "was not unpickled"),
+        (
+            {"extra": "model[0].weight.data[0] = float('nan')"},
+            2,
+            "the weights hold NaN or infinity, first in '0.weight'",
+        ),
+        ({"calibration": "[]"}, 2, "the calibration set is empty"),
+        ({"calibration": "[x[:, :, :4]]"}, 2, "a calibration input is (1, 1, 4, 8)"),
+        ({"profile": PROFILE.replace('"1 MiB"', "1")}, 2, "has no unit"),
+        ({"profile": PROFILE.replace("size", "sise")}, 2, "perhaps you meant 'size'"),
+    ],
+    ids=["raises", "control-flow", "other-weights", "pickle", "nan", "empty", "shape", "bare-number", "typo"],
+)
+def test_bad_input_is_one_line_its_exit_code_and_nothing_written(tmp_path, written, code, message):
+    write(tmp_path, **written)
+    result = run("build", ".", "-p", "p.toml", "-o", "out", cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    (line,) = errors(result)
+    assert message in line
+    assert not (tmp_path / "out").exists() and not (tmp_path / "owned").exists()
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_task_and_an_unknown_profile(tmp_path):
+    missing = run("build", "nowhere.py", "-p", "mobile-cpu", cwd=tmp_path)
+    assert missing.returncode == 2 and "no task file at nowhere.py" in errors(missing)[0]
+    unknown = run("build", "nowhere.py", "-p", "mobile-cup", cwd=tmp_path)
+    assert unknown.returncode == 2 and "perhaps you meant 'mobile-cpu'" in errors(unknown)[0]
+    usage = run("build", cwd=tmp_path)
+    assert usage.returncode == 2 and "Missing" in usage.stderr
+
+
+def test_no_qemu_is_exit_4_with_the_command(tmp_path, empty_cache):
+    write(tmp_path, profile=PROFILE.replace('"host"', '"pixel"'))
+    result = run("build", ".", "-p", "p.toml", "-o", "out", cwd=tmp_path, EDGEBUILD_QEMU="/nonexistent/qemu")
+    assert result.returncode == 4, result.stderr
+    assert "apt-get install" in errors(result)[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_impossible_budget_is_exit_3_with_what_binds(tmp_path):
+    write(tmp_path, profile=PROFILE.replace("1 MiB", "1 KiB"))
+    result = run("build", ".", "-p", "p.toml", "-o", "out", "--json", "report.json", cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["outcome"] == "infeasible" and "size binds, 1 KiB asked, nearest feasible" in report["summary"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_read_only_output_is_refused_before_the_work(tmp_path):
+    write(tmp_path)
+    (tmp_path / "out").write_text("the user's own")
+    result = run("build", ".", "-p", "p.toml", "-o", "out", cwd=tmp_path)
+    assert result.returncode == 2 and len(errors(result)) == 1
+    assert (tmp_path / "out").read_text() == "the user's own"
+
+
+def test_a_broken_budget_is_exit_1(tmp_path):
+    evaluate = "scores = iter([1.0, 0.5, 0.5, 0.5, 0.5, 0.5])\n    Task = __import__('functools').partial(Task_, evaluate=lambda p: (p(x), next(scores))[1])"
+    text = TASK.replace("import Task, load_weights", "import Task as Task_, load_weights").replace(
+        "-> Task", "-> Task_"
+    )
+    (tmp_path / "task.py").write_text(text.format(extra=evaluate, calibration="[x]"))
+    (tmp_path / "p.toml").write_text(PROFILE.replace("[budgets]", "rounds = 2\n[distillation]\nsteps = 4\n[budgets]"))
+    result = run("build", ".", "-p", "p.toml", "-o", "out", cwd=tmp_path)
+    assert result.returncode == 1, result.stderr + result.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (verdict,) = [v for v in report["verdicts"] if v["kind"] == "accuracy_drop"]
+    assert verdict["status"] == "fail" and verdict["value"] == 0.5
+    assert report["outcome"] == "broken" and "nothing is left to try" in report["summary"]
+
+
+def test_control_c_leaves_nothing_half_written(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EDGEBUILD_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "edgebuild", "build", str(DIGITS), "-p", "mobile-cpu-tight", "-o", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "analysing" in line or "checking" in line or "timing" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(60) == 130, rest
+    assert "interrupted" in rest and "Traceback" not in rest
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".edgebuild")]
+
+
+def test_build_twice_then_no_op_then_touch(tmp_path):
+    """The same bytes and the same plan from scratch under another hash seed; nothing to do; and again when an input changed."""
+    write(
+        tmp_path,
+        profile=PROFILE.replace("1 MiB", "5 KiB").replace("[budgets]", "[distillation]\nsteps = 20\n[budgets]"),
+    )
+    bundles = []
+    for seed in ("1", "2"):
+        result = run("build", ".", "-p", "p.toml", "-o", f"out{seed}", "--rebuild", cwd=tmp_path, PYTHONHASHSEED=seed)
+        assert result.returncode in (0, 1), result.stderr
+        folder = tmp_path / f"out{seed}"
+        (artifact,) = folder.glob("*.pte")
+        bundles.append((artifact.read_bytes(), (folder / "plan.json").read_bytes()))
+    assert bundles[0] == bundles[1]
+    plan = msgspec.json.decode(bundles[0][1], type=Plan)
+    assert plan.widths or plan.forms, "5 KiB needs more than int8"
+    again = run("build", ".", "-p", "p.toml", "-o", "out2", cwd=tmp_path)
+    assert "is up to date" in again.stdout and again.returncode == result.returncode
+    (tmp_path / "task.py").write_text((tmp_path / "task.py").read_text() + "\n# changed\n")
+    after = run("build", ".", "-p", "p.toml", "-o", "out2", cwd=tmp_path)
+    assert "up to date" not in after.stdout and after.returncode == result.returncode
+
+
+def test_init_writes_a_task_that_loads_and_never_overwrites(tmp_path):
+    assert run("init", "mine", cwd=tmp_path).returncode == 0
+    looked = run("inspect", "mine", cwd=tmp_path)
+    assert looked.returncode == 0, looked.stderr
+    assert "parameters" in looked.stdout and "channel group" in looked.stdout
+    again = run("init", "mine", cwd=tmp_path)
+    assert again.returncode == 2 and "exists already" in errors(again)[0]
+
+
+def test_lists_and_shows(tmp_path):
+    assert "raspberry-pi-4" in run("targets", "list", cwd=tmp_path).stdout
+    assert "edge-1mb" in run("profiles", "list", cwd=tmp_path).stdout
+    assert "source" in run("targets", "show", "pixel", cwd=tmp_path).stdout
+    assert run("profiles", "show", "nope", cwd=tmp_path).returncode == 2
