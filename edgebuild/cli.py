@@ -40,6 +40,8 @@ def main() -> None:
     """Run the command line; every error that edgebuild raises on purpose ends in one line and its exit code."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except EdgebuildError as error:
         _say(f"error: {' '.join(str(error).split())}")
@@ -50,7 +52,9 @@ def main() -> None:
     except typer.Abort:
         _say("interrupted: nothing was written")
         sys.exit(INTERRUPTED)
-    except SystemExit:
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer ends a Ctrl-C by itself, silently
+            _say("interrupted: nothing was written")
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; that is no failure of ours

@@ -96,7 +96,7 @@ def _from_file(where: Path) -> tuple[str, Task]:
     task = _run(file, maker)
     if not isinstance(task, Task):
         raise TaskError(f"{file}: {maker.__name__}() returned {type(task).__name__}, not a Task")
-    return file.parent.name if file.name == "task.py" else file.stem, task
+    return file.resolve().parent.name if file.name == "task.py" else file.stem, task
 
 
 def _returns_task(function: Any) -> bool:

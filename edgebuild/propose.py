@@ -79,6 +79,8 @@ def _may_fit(choice: Choice, limits: Sequence[Limit]) -> bool:
 
 
 def _proposal(base: Base, choice: Choice, limits: Sequence[Limit], profile: Profile, why: tuple[str, ...]) -> Proposal:
+    if base.name == "student":
+        why = ("student: no plan for the model itself met the budgets", *why)
     cut = bool(choice.widths or choice.forms)
     distil = cut and "distil" in profile.techniques
     if distil:

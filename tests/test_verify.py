@@ -35,7 +35,10 @@ def test_nan_is_never_right():
 
 @pytest.mark.parametrize(
     ("value", "error", "status"),
-    [(5, 0, "pass"), (15, 0, "fail"), (5, 0.2, "pass"), (9, 0.2, "inconclusive"), (11, 0.2, "inconclusive"), (20, 0.2, "fail"), (5, 1.2, "inconclusive")],
+    [
+        (5, 0, "pass"), (15, 0, "fail"), (5, 0.2, "pass"), (9, 0.2, "inconclusive"), (11, 0.2, "inconclusive"),
+        (20, 0.2, "fail"), (5, 1.2, "inconclusive"),
+    ],
 )  # fmt: skip
 def test_a_bound_inside_the_error_band_is_not_decided(value, error, status):
     found = Measurement("t", "latency", value, "estimated" if error else "measured", error)

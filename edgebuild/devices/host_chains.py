@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import export
+from torch.nn import functional
 
 from edgebuild.spec import LayerFacts, Precision
 
@@ -26,8 +27,8 @@ class ChainModule(nn.Module):
         first = x = next(layers)(x)
         for facts in self.chain[1:]:
             x = next(layers)(x) if facts.weighted else x + first
-        # The conversion of a whole feature map at the end would cost more than some of the layers.
-        return x.mean((2, 3)) if x.ndim == 4 else x
+        # Giving out a whole feature map would cost more than some of the layers. A mean would not be delegated.
+        return functional.adaptive_avg_pool2d(x, 1) if x.ndim == 4 else x
 
 
 def _layer(facts: LayerFacts) -> nn.Module:

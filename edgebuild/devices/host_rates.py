@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from edgebuild import cache
 from edgebuild.spec import LayerFacts, Precision
 
-_VERSION = "1"  # of the chains and the terms
-
 # Channels that XNNPACK's x86 kernels compute at once: f32-gemm 16 or 32 wide, qs8-qc8w-gemm 8 or 16 wide; int8 reads
 # its input 8 channels at a time (the "8c8" and "16c8" kernels).
 OUT_TILE = 16
@@ -123,9 +121,7 @@ METHODS: dict[str, tuple[tuple[LayerFacts, ...], Precision]] = {
     f"{name}_{precision}": (chain, precision)
     for precision in PRECISIONS
     for name, chain in CHAINS.items()
-    if not (
-        precision == "int8" and name in ("call", "operator", "cached", "streamed")
-    )  # terms that both precisions share
+    if precision == "fp32" or name not in ("call", "operator", "cached", "streamed")  # the terms that both share
 }
 
 
@@ -136,7 +132,7 @@ def example(chain: tuple[LayerFacts, ...]) -> NDArray[np.float32]:
 
 def program() -> Path:
     """The chains as one ExecuTorch program, a method each, from the cache where it has been lowered before."""
-    name = f"chains-{cache.key(_VERSION, version('executorch'), version('torch'))[:16]}.pte"
+    name = f"chains-{cache.key(_version(), version('executorch'), version('torch'))[:16]}.pte"
     path = cache.root() / "host" / name
     if path.is_file():
         return path
@@ -164,8 +160,8 @@ def fit(seconds: Mapping[str, float]) -> Rates:
 def _row(chain: tuple[LayerFacts, ...], precision: Precision, cache_size: int) -> dict[str, float]:
     row = {"call": 1.0}
     last = chain[-1]
-    mean = replace(last, op="mean", in_elements=last.out_elements, out_elements=last.out_channels)
-    for layer in (*chain, mean) if last.positions > 1 or not last.weighted else chain:
+    pool = replace(last, op="adaptive_avg_pool2d", in_elements=last.out_elements, out_elements=last.out_channels)
+    for layer in (*chain, pool) if last.positions > 1 or not last.weighted else chain:
         for term, amount in terms(layer, precision, cache_size).items():
             row[term] = row.get(term, 0.0) + amount
     return row
@@ -198,8 +194,14 @@ def write(rates: Rates, threads: int) -> None:
 
 
 def _name(threads: int) -> str:
-    key = cache.key(_VERSION, _cpu(), version("executorch"), version("torch"))
+    key = cache.key(_version(), _cpu(), version("executorch"), version("torch"))
     return f"rates-{key[:16]}-{threads}.json"
+
+
+def _version() -> bytes:
+    """The code that the rates and the chains come from: what other code made does not fit it."""
+    here = Path(__file__)
+    return here.read_bytes() + here.with_name("host_chains.py").read_bytes()
 
 
 def _cpu() -> str:
