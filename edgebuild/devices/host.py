@@ -228,7 +228,8 @@ def measure(
         "latency_min": seconds[0],
         "throughput": 1 / seconds.mean(),
     }
-    memory = f"resident above an empty runtime, at its highest; the artifact's {Bytes(artifact.stat().st_size)} count"
+    size = Bytes(artifact.stat().st_size)
+    memory = f"resident above an empty runtime, at its highest while loading and running a file of {size}"
     if not exact:
         memory = "resident above an empty runtime after loading and running; this kernel does not let the peak be reset"
     return (
@@ -247,7 +248,7 @@ def layer_latency(layer: LayerFacts, precision: Precision, target: Target, threa
 
 @cache
 def rates(target: Target, threads: int) -> host_rates.Rates:
-    """The rates of this machine: stored ones, else measured now, which takes some 20 seconds."""
+    """The rates of this machine: stored ones, else measured now, which takes about half a minute."""
     if (known := host_rates.read(threads)) is not None:
         return known
     seconds = dict.fromkeys(host_rates.METHODS, inf)

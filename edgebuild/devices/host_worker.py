@@ -279,7 +279,8 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # TorchScript ends a traceback of its own with the cause; the others begin with it.
     cause = lines[-1] if lines and "Traceback" in str(error) else next(iter(lines), "")
-    return f"{type(error).__name__}: {cause}" if cause else type(error).__name__
+    name = type(error).__name__
+    return cause if cause.startswith(f"{name}: ") else f"{name}: {cause}"
 
 
 if __name__ == "__main__":
