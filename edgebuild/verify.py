@@ -200,7 +200,10 @@ def verdict(budget: Budget, target: str, predicted: float | None, found: Measure
         return Verdict(
             budget.kind, target, budget.bound, predicted, None, None, None, "inconclusive", note or "not measured"
         )
-    band = (found.value * max(0.0, 1 - found.error), found.value * (1 + found.error))
+    low, high = max(0.0, 1 - found.error), 1 + found.error
+    band = (found.value * low, found.value * high)
+    if budget.kind == "throughput":  # the band is that of the time behind it
+        band = (found.value / high, found.value / low if low else math.inf)
     held = [budget.holds(edge) for edge in band]
     status: Status = "pass" if all(held) else "inconclusive" if any(held) else "fail"
     if status == "inconclusive":

@@ -45,6 +45,12 @@ def test_a_bound_inside_the_error_band_is_not_decided(value, error, status):
     assert verify.verdict(Budget("latency", 10), "t", None, found).status == status
 
 
+def test_the_band_of_a_throughput_is_that_of_its_time():
+    found = Measurement("t", "throughput", 100.0, "estimated", 1.2)
+    assert verify.verdict(Budget("throughput", 40.0), "t", None, found).status == "pass"
+    assert verify.verdict(Budget("throughput", 60.0), "t", None, found).status == "inconclusive"
+
+
 def test_a_figure_that_is_missing_is_not_a_pass():
     assert verify.verdict(Budget("latency", 10), "t", None, None).status == "inconclusive"
 
