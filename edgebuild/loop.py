@@ -95,7 +95,7 @@ def take_original(base: Base, loaded: Loaded, profile: Profile, targets: Sequenc
         built = realise(base, Plan(precision="fp32"), loaded, profile, base.model, clock.training)
     layers = tuple((layer, "fp32") for layer in base.facts.layers)
     measurements: list[Measurement] = []
-    with _file(built.artifact) as artifact, clock.stage("measure", "measuring the original"):
+    with artifact_file(built.artifact) as artifact, clock.stage("measure", "measuring the original"):
         for target in _with_host(targets):
             inputs = [verify.to_arrays(sample) for sample in loaded.samples[:PARITY_SAMPLES]]
             try:
@@ -192,7 +192,7 @@ def _attempt(
     parity: list[Parity] = []
     findings = [Finding("fallback", "host", f"not delegated: {operator}") for operator in built.artifact.fallen_back]
     accuracy, outputs = None, {}
-    with _file(built.artifact) as artifact:
+    with artifact_file(built.artifact) as artifact:
         for target in _with_host(targets):
             device = DEVICES[target.device]
             try:
@@ -269,7 +269,7 @@ def _diverging(built: Built, loaded: Loaded, profile: Profile, inputs: tuple, le
     device = DEVICES["host"]
 
     def outputs(artifact: Artifact, sample: tuple) -> Arrays:
-        with _file(artifact) as file, device.load(file, HOST, 1) as session:
+        with artifact_file(artifact) as file, device.load(file, HOST, 1) as session:
             return session.run(verify.to_arrays(sample))
 
     lower = BACKENDS[profile.artifact].lower
@@ -348,7 +348,8 @@ def _with_host(targets: Sequence[Target]) -> list[Target]:
 
 
 @contextmanager
-def _file(artifact: Artifact) -> Iterator[Path]:
+def artifact_file(artifact: Artifact) -> Iterator[Path]:
+    """The artifact as a file, for as long as the block lasts."""
     with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
         path = Path(folder) / f"model{artifact.suffix}"
         path.write_bytes(artifact.data)

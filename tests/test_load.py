@@ -1,3 +1,6 @@
+import pickle
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -27,18 +30,13 @@ def test_a_program_with_a_pickle_in_it_is_not_read(tmp_path):
 
     x = (torch.zeros(1, 3),)
     torch.export.save(torch.export.export(Odd(), x), tmp_path / "odd.pt2")
-    data = (tmp_path / "odd.pt2").read_bytes()
-    import pickle
-    import zipfile
-
     with zipfile.ZipFile(tmp_path / "odd.pt2") as old, zipfile.ZipFile(tmp_path / "evil.pt2", "w") as new:
         for name in old.namelist():
             content = old.read(name)
             if name.endswith("sample_inputs/model.pt"):
                 content = pickle.dumps(print)
             new.writestr(name, content)
-    assert data
-    with pytest.raises(TaskError, match="cannot? be trusted|can be trusted"):
+    with pytest.raises(TaskError, match="no exported program that can be trusted"):
         load(str(tmp_path / "evil.pt2"), calibration="unused.npz")
 
 

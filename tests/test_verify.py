@@ -9,7 +9,7 @@ from edgebuild import verify
 from edgebuild.backends import xnnpack
 from edgebuild.devices import DEVICES
 from edgebuild.lift import lift
-from edgebuild.loop import HOST, _file
+from edgebuild.loop import HOST, artifact_file
 from edgebuild.spec import Budget, Measurement
 from edgebuild.transforms import quantize
 
@@ -87,7 +87,7 @@ def test_the_first_diverging_layer_is_named(small_net, image, images):
         return xnnpack.lower(wrong, inputs)
 
     def outputs(artifact, sample):
-        with _file(artifact) as path, DEVICES["host"].load(path, HOST, 1) as session:
+        with artifact_file(artifact) as path, DEVICES["host"].load(path, HOST, 1) as session:
             return session.run(verify.to_arrays(sample))
 
     assert verify.first_divergence(lifted, image, images[0], lower_wrongly, outputs, 40) == "point"
@@ -101,6 +101,6 @@ def test_int8_keeps_the_outputs_and_a_layer_kept_fp32_grows_the_file(small_net, 
     }
     assert len(artifacts["hidden",].data) > len(artifacts[()].data) + 2 * 512 * 48
     assert artifacts[()].not_delegated == 0
-    with _file(artifacts[()]) as path, DEVICES["host"].load(path, HOST, 1) as session:
+    with artifact_file(artifacts[()]) as path, DEVICES["host"].load(path, HOST, 1) as session:
         found = verify.run(session, images)
     assert verify.parity(found, verify.eager(lifted, images), "host", "eager", 20, logits=True).ok

@@ -6,7 +6,7 @@ from edgebuild import verify
 from edgebuild.backends import BACKENDS
 from edgebuild.devices import DEVICES
 from edgebuild.lift import lift
-from edgebuild.loop import HOST, _file
+from edgebuild.loop import HOST, artifact_file
 from edgebuild.transforms import quantize
 
 
@@ -20,7 +20,7 @@ def test_artifacts_answer_as_eager_does(kind, precision, small_net, image, image
     assert (
         len(artifact.data) < (4 if precision == "fp32" else 1.6) * sum(p.numel() for p in lifted.parameters()) + 40_000
     )
-    with _file(artifact) as path, DEVICES["host"].load(path, HOST, 1) as session:
+    with artifact_file(artifact) as path, DEVICES["host"].load(path, HOST, 1) as session:
         found = verify.run(session, images)
     least = verify.LEAST_SQNR_DB[precision]
     assert verify.parity(found, verify.eager(model, images), "host", "eager", least, logits=True).ok
