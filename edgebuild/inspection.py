@@ -27,6 +27,8 @@ def inspect(
     group_of = {name: group.name for group in facts.groups for name in group.outputs}
     heads = ["layer", "operator", "output", "parameters", "MACs", "channel group"]
     table = Table(*heads, *(f"{t.name}, {p}" for t in targets for p in ("fp32", "int8")), box=None)
+    for column in (table.columns[0], table.columns[5]):
+        column.overflow = "fold"  # a name that is cut off names nothing
     for column in table.columns[3:5]:
         column.justify = "right"
     for layer in facts.layers:
