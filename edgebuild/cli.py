@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from edgebuild import __version__
-from edgebuild.errors import EdgebuildError, MissingEnvironment
+from edgebuild.errors import BudgetBroken, EdgebuildError, Infeasible, MissingEnvironment
 
 app = typer.Typer(
     help="make for edge models: builds a trained model down to a device's budgets, and proves it.",
@@ -21,7 +21,7 @@ profiles_app = typer.Typer(help="Targets with budgets.", no_args_is_help=True)
 app.add_typer(targets_app, name="targets")
 app.add_typer(profiles_app, name="profiles")
 
-EXIT = {"met": 0, "broken": 1, "infeasible": 3}
+EXIT = {"met": 0, "broken": BudgetBroken.exit_code, "infeasible": Infeasible.exit_code}
 INTERRUPTED = 130
 BUG = 70  # EX_SOFTWARE: never the code of a broken budget
 
@@ -147,7 +147,7 @@ def build(
     report.terminal(report.from_json(text), console)
     if json:
         _write(json, text)
-    code = _exit_code(made, inconclusive, any(target.status != "unvalidated" for target in targets[:1]))
+    code = _exit_code(made, inconclusive, targets[0].status != "unvalidated")
     if made.artifact:
         console.print(f"\nThe bundle is in {folder}", highlight=False, soft_wrap=True)
         read = inputs.read_files(task) + [Path(extra).resolve() for extra in (weights, calibration) if extra]
@@ -188,7 +188,7 @@ def _exit_code(made: Any, inconclusive: str, calibrated: bool) -> int:
     if made.outcome == "inconclusive":
         fails = calibrated if inconclusive == "auto" else inconclusive == "fail"
         _say(f"{'error' if fails else 'warning'}: {made.summary}")
-        return 1 if fails else 0
+        return BudgetBroken.exit_code if fails else 0
     return EXIT[made.outcome]
 
 

@@ -9,7 +9,7 @@ import json
 import sys
 import traceback
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -248,17 +248,9 @@ def _checked(name: str, task: Task, where: str) -> Loaded:
         raise TaskError(f"task {name!r}: example_inputs do not have batch size 1: {[tuple(x.shape) for x in example]}")
     if isinstance(task.model, nn.Module):
         task = replace(task, model=task.model.eval())
-        for key, value in task.model.state_dict().items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise TaskError(
-                    f"task {name!r}: the weights hold NaN or infinity, first in {key!r}", "was the training stable?"
-                )
+        _check_finite(name, task.model.state_dict())
     elif isinstance(task.model, ExportedProgram):
-        for key, value in task.model.state_dict.items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise TaskError(
-                    f"task {name!r}: the weights hold NaN or infinity, first in {key!r}", "was the training stable?"
-                )
+        _check_finite(name, task.model.state_dict)
     else:
         raise TaskError(
             f"task {name!r}: model is a {type(task.model).__name__}, not a torch.nn.Module or an exported program"
@@ -291,6 +283,14 @@ def _sources(name: str, task: Task, where: Path) -> str:
     return cache.key(*code, *seen)
 
 
+def _check_finite(name: str, state: Mapping[str, Tensor]) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise TaskError(
+                f"task {name!r}: the weights hold NaN or infinity, first in {key!r}", "was the training stable?"
+            )
+
+
 def _samples(name: str, batches: Iterable[Any], example: tuple[Tensor, ...]) -> Iterable[tuple[Tensor, ...]]:
     try:
         for batch in batches:
@@ -319,14 +319,12 @@ def _samples(name: str, batches: Iterable[Any], example: tuple[Tensor, ...]) -> 
 
 def _check_forward(name: str, task: Task) -> None:
     module = task.model if isinstance(task.model, nn.Module) else task.model.module()
-    models = {"model": module, **({"student": task.student} if task.student is not None else {})}
+    models = {"model": module, **({"student": task.student.eval()} if task.student is not None else {})}
     shapes = {}
     for role, candidate in models.items():
         try:
             with torch.no_grad():
-                outputs = outputs_of(
-                    candidate.eval()(*task.example_inputs) if role == "student" else candidate(*task.example_inputs)
-                )
+                outputs = outputs_of(candidate(*task.example_inputs))
         except Exception as error:  # the user's forward
             raise TaskError(
                 f"task {name!r}: the {role} fails on the example inputs: {' '.join(str(error).split())[:300]}"

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import fx
 
-from edgebuild import verify
+from edgebuild import costs, verify
 from edgebuild.backends import BACKENDS
 from edgebuild.clock import Clock
 from edgebuild.devices import DEVICES, Arrays
 from edgebuild.errors import BackendError, DeviceError, TransformError
 from edgebuild.load import Loaded
+from edgebuild.plan import Choice
 from edgebuild.propose import Factors, Proposal, more_training, propose, reachable_now
 from edgebuild.realise import Base, Built, realise
 from edgebuild.spec import (
@@ -181,8 +182,7 @@ def _attempt(
     clock: Clock,
 ) -> Attempt:
     plan, inputs = proposal.plan, loaded.task.example_inputs
-    stage, what = ("distil", "building") if plan.distil else ("lower", "building")
-    with clock.stage(stage, f"{what}: {', '.join(plan.techniques) or 'no technique'}"):
+    with clock.stage("distil" if plan.distil else "lower", f"building: {', '.join(plan.techniques) or 'no technique'}"):
         built = realise(base, plan, loaded, profile, original.model, clock.training)
     layers = proposal.choice.layers()
     samples = loaded.samples[: len(built.expected)]
@@ -282,17 +282,13 @@ def _diverging(built: Built, loaded: Loaded, profile: Profile, inputs: tuple, le
 
 def _first_factors(base: Base, original: Original, profile: Profile, targets: Sequence[Target]) -> Factors:
     """What the original's measurements say of the cost model."""
-    from edgebuild import costs
-    from edgebuild.plan import Choice
-
-    whole = Choice(base.facts, "fp32")
-    found = {(m.quantity, m.target): m.value for m in original.measurements}
     if base.name != "model":
         return {}
+    whole = Choice(base.facts, "fp32")
+    found = {(m.quantity, m.target): m.value for m in original.measurements}
     factors: Factors = {}
     for limit in costs.limits(profile, targets, {}):
-        value = len(original.built.artifact.data) if limit.kind == "size" else found.get((limit.kind, limit.target))
-        if value and limit.kind != "size":
+        if value := found.get((limit.kind, limit.target)):
             factors[limit.kind, limit.target] = _factor(value, limit.cost(whole), limit.kind)
     return factors
 

@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +17,7 @@ from edgebuild.environment import versions
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
 from edgebuild.sensitivity import Sensitivity, measure
-from edgebuild.spec import Artifact, Candidate, ModelFacts, Plan, Profile
+from edgebuild.spec import Artifact, Candidate, Distillation, ModelFacts, Plan, Profile
 from edgebuild.transforms import distil, factorize, prune, quantize
 from edgebuild.verify import eager
 
@@ -77,11 +76,7 @@ def prepare(
     samples = loaded.samples[:: max(1, len(loaded.samples) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
     wanted = "prune" in techniques or "factorize" in techniques
     logits = loaded.task.outputs == "logits"
-    found = (
-        measure(model, facts, samples if wanted else (), probes, logits, profile.seed)
-        if wanted
-        else Sensitivity({}, {})
-    )
+    found = measure(model, facts, samples, probes, logits, profile.seed) if wanted else Sensitivity({}, {})
     candidates: tuple[Candidate, ...] = ()
     if "prune" in techniques:
         candidates += prune.candidates(facts, found, TILE)
@@ -103,9 +98,7 @@ def realise(
     model = compress(base, plan, inputs)
     training = base.training
     if plan.distil:
-        settings = msgspec.convert(
-            {**asdict(profile.distillation), "steps": plan.distil_steps}, type(profile.distillation)
-        )
+        settings = replace(profile.distillation, steps=plan.distil_steps)
         trained, how = train(model, teacher, loaded, settings, profile.seed, progress)
         model, training = trained, f"{training}; {how}".lstrip("; ")
     lowered: nn.Module = model
@@ -128,7 +121,12 @@ def compress(base: Base, plan: Plan, inputs: tuple[Tensor, ...]) -> fx.GraphModu
 
 
 def train(
-    model: fx.GraphModule, teacher: fx.GraphModule, loaded: Loaded, settings: Any, seed: int, progress: distil.Progress
+    model: fx.GraphModule,
+    teacher: fx.GraphModule,
+    loaded: Loaded,
+    settings: Distillation,
+    seed: int,
+    progress: distil.Progress,
 ) -> tuple[fx.GraphModule, distil.Training]:
     """Distil the teacher into a model, on the training batches or, where there are none, the calibration inputs."""
     batches: Callable[[], Any] = loaded.task.train or (lambda: calibration_batches(loaded))

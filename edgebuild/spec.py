@@ -321,18 +321,6 @@ FormKind = Literal["svd", "spatial", "tucker2"]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Predicted cost of a layer or of a model; `latency` in seconds."""
-
-    size: float = 0.0
-    latency: float = 0.0
-    peak_memory: float = 0.0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.size + other.size, self.latency + other.latency, max(self.peak_memory, other.peak_memory))
-
-
-@dataclass(frozen=True)
 class Width:
     """Keep `channels` of a group's `of` channels."""
 
