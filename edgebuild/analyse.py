@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, fx, nn
 
 from edgebuild.lift import outputs_of
-from edgebuild.spec import Activation, ChannelGroup, LayerFacts, ModelFacts, Slot
+from edgebuild.spec import MODEL_INPUT, Activation, ChannelGroup, LayerFacts, ModelFacts, Slot
 
 # Folded into, or clamped by, the operator before them; they cost nothing of their own when lowered.
 _FOLDED_MODULES = (nn.BatchNorm2d, nn.Dropout, nn.Identity)
@@ -24,7 +24,7 @@ _WEIGHTED = (nn.Conv2d, nn.Linear)
 def analyse(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> ModelFacts:
     """Everything the planner needs to know of a lifted model for a sample; `inputs` have batch size 1."""
     shapes = _shapes(model, inputs)
-    layers = [facts for node in model.graph.nodes if (facts := _layer_facts(node, model, shapes)) is not None]
+    layers = _layers(model, shapes)
     groups, unprunable = _groups(model, inputs)
     reach = _reach(model, shapes, groups)
     groups, unprunable = _without_outputs(model, groups, reach, unprunable)
@@ -63,6 +63,22 @@ def _channels(shape: tuple[int, ...]) -> int:
 
 def _tensor_inputs(node: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) -> list[fx.Node]:
     return [arg for arg in node.all_input_nodes if arg in shapes]
+
+
+def _layers(model: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]) -> list[LayerFacts]:
+    """The layers in execution order, each with the layers that it reads; a folded operator is part of its source."""
+    layers, made = [], {}
+    for node in model.graph.nodes:
+        sources = [made[source] for source in _tensor_inputs(node, shapes) if source in made]
+        facts = _layer_facts(node, model, shapes)
+        if facts is not None:
+            layers.append(replace(facts, sources=tuple(sources)))
+            made[node] = facts.name
+        elif node.op == "placeholder":
+            made[node] = MODEL_INPUT
+        elif sources:
+            made[node] = sources[0]
+    return layers
 
 
 def _layer_facts(node: fx.Node, model: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]) -> LayerFacts | None:

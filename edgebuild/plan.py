@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from edgebuild.spec import (
+    INT8_OPERATORS,
+    MODEL_INPUT,
+    PASSING_OPERATORS,
     BudgetKind,
     Candidate,
     ChannelGroup,
@@ -24,6 +27,8 @@ from edgebuild.spec import (
 )
 
 TINY = 1e-7  # nats; below this a loss is noise of the estimate
+
+OTHER: Mapping[Precision, Precision] = {"fp32": "int8", "int8": "fp32"}
 
 Realised = tuple[tuple[LayerFacts, Precision], ...]
 
@@ -53,20 +58,45 @@ class Choice:
     precision: Precision
     widths: Mapping[str, int] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
+    keep_fp32: frozenset[str] = frozenset()
 
     def channels(self, group: ChannelGroup) -> int:
         return self.widths.get(group.name, group.channels)
 
     def layers(self) -> Realised:
-        """Every layer at its widths, factorized ones as their factors, in execution order."""
+        """What is lowered, in execution order: each layer at its widths, factorized ones as their factors.
+
+        Where precisions meet there is a `quantize` or `dequantize` of the tensor, once for all its readers.
+        """
         into, out = self._missing()
         realised: list[tuple[LayerFacts, Precision]] = []
+        made: dict[tuple[str, Precision], LayerFacts] = {}  # the tensors there are, with the layer that makes them
+        read: set[str] = set()
         for layer in self.facts.layers:
             narrow = _narrow(layer, into.get(layer.name, 0), out.get(layer.name, 0))
+            precision = self._precision(layer, made)
+            for source in layer.sources:
+                tensor = made.get((source, OTHER[precision]))
+                if source == MODEL_INPUT and not tensor:
+                    tensor = made[source, "fp32"] = _input(narrow)
+                if tensor and (source, precision) not in made:
+                    realised.append((_border(tensor, precision), "int8"))
+                    made[source, precision] = tensor
+                read.add(source)
             form = self.forms.get(layer.name)
             parts = _factors(narrow, form) if form else (narrow,)
-            realised += [(part, self.precision) for part in parts]
-        return tuple(realised)
+            realised += [(part, precision) for part in parts]
+            made[layer.name, precision] = narrow
+        ends = [layer for layer in self.facts.layers if layer.name not in read and (layer.name, "int8") in made]
+        return (*realised, *((_border(made[layer.name, "int8"], "fp32"), "int8") for layer in ends))
+
+    def _precision(self, layer: LayerFacts, made: Mapping[tuple[str, Precision], LayerFacts]) -> Precision:
+        """What a layer computes in; `made` holds the tensors before it."""
+        if self.precision == "fp32" or layer.name in self.keep_fp32:
+            return "fp32"
+        if layer.weighted or layer.op in INT8_OPERATORS:
+            return "int8"
+        return "int8" if layer.op in PASSING_OPERATORS and (layer.sources[0], "int8") in made else "fp32"
 
     def sound(self) -> bool:
         """Whether every form still fits, and pays at, its layer's widths."""
@@ -247,6 +277,21 @@ def _give_back(choice: Choice, moves: _Moves, limits: Sequence[Limit], avoid: Se
                 choice, improved = trial, True
                 break
     return choice
+
+
+def _input(reader: LayerFacts) -> LayerFacts:
+    """An input of the model as a tensor; `reader` is the first layer that reads it."""
+    return replace(reader, name="input", out_channels=reader.in_channels, out_elements=reader.in_elements)
+
+
+def _border(tensor: LayerFacts, precision: Precision) -> LayerFacts:
+    """The conversion of what a layer makes to a precision."""
+    op, elements = {"int8": "quantize", "fp32": "dequantize"}[precision], tensor.out_elements
+    channels, shape = tensor.out_channels, tensor.out_shape
+    return LayerFacts(
+        f"{tensor.name}.{op}", op, channels, channels, in_elements=elements, out_elements=elements, in_shape=shape,
+        out_shape=shape, sources=(tensor.name,),
+    )  # fmt: skip
 
 
 @cache

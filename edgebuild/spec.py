@@ -176,6 +176,13 @@ class Profile:
 # ----------------------------------------------------------------------------------------------- what a model is
 
 Precision = Literal["fp32", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+MODEL_INPUT = ""
+
+# Operators without weights in an int8 model, by PyTorch's XNNPACK quantizer: these compute in int8, these pass on what
+# they are given; every other operator computes in fp32 between a dequantize and a quantize.
+INT8_OPERATORS = frozenset({"adaptive_avg_pool2d", "add", "cat", "mul"})
+PASSING_OPERATORS = frozenset({"max_pool2d", "mean", "permute", "reshape", "squeeze", "transpose", "view"})
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,8 @@ class LayerFacts:
 
     `op` is conv2d, linear, or the name of an operator without weights. `positions` counts what the weights are applied
     to: output height x width for a convolution, rows for a linear layer. `in_elements` and `out_elements` are the
-    activations of a sample. For a depthwise convolution `groups` equals `in_channels`.
+    activations of a sample. For a depthwise convolution `groups` equals `in_channels`. `sources` names the layers
+    whose outputs it reads, MODEL_INPUT for an input of the model.
     """
 
     name: str
@@ -200,6 +208,7 @@ class LayerFacts:
     bias: bool = False
     in_shape: tuple[int, ...] = ()
     out_shape: tuple[int, ...] = ()
+    sources: tuple[str, ...] = ()
 
     @property
     def weighted(self) -> bool:
