@@ -67,7 +67,8 @@ def _tensor_inputs(node: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) -> 
 
 def _layers(model: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]) -> list[LayerFacts]:
     """The layers in execution order, each with the layers that it reads; a folded operator is part of its source."""
-    layers, made = [], {}
+    layers: list[LayerFacts] = []
+    made: dict[fx.Node, str] = {}
     for node in model.graph.nodes:
         sources = [made[source] for source in _tensor_inputs(node, shapes) if source in made]
         facts = _layer_facts(node, model, shapes)

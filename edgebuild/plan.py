@@ -1,58 +1,29 @@
-"""Chooses a plan: which widths and forms lose least while every budget holds. No torch here.
+"""A point of the planner's space, what it is made of when lowered, and plans from and to data. No torch here."""
 
-The search is greedy: from the whole model it takes, step by step, the cheapest loss for what the broken budgets still
-need, then gives back whatever turned out not to be needed.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 
 from edgebuild.spec import (
     INT8_OPERATORS,
     MODEL_INPUT,
     PASSING_OPERATORS,
-    BudgetKind,
-    Candidate,
     ChannelGroup,
     Form,
     LayerFacts,
     ModelFacts,
     Plan,
     Precision,
-    Reachable,
     Width,
     factors,
-    pays,
 )
-
-TINY = 1e-7  # nats; below this a loss is noise of the estimate
-
-OTHER: Mapping[Precision, Precision] = {"fp32": "int8", "int8": "fp32"}
 
 Realised = tuple[tuple[LayerFacts, Precision], ...]
 
 
 @dataclass(frozen=True)
-class Limit:
-    """A budget as the search sees it: `cost` of the realised model must stay at or below `bound`.
-
-    `factor` is what measurements said of the prediction so far (measured = factor x predicted).
-    """
-
-    kind: BudgetKind
-    target: str
-    bound: float
-    cost: Callable[["Choice"], float] = field(compare=False)
-    factor: float = 1.0
-
-    def predicted(self, choice: "Choice") -> float:
-        return self.factor * self.cost(choice)
-
-
-@dataclass(frozen=True)
 class Choice:
-    """A point of the search: the width of each cut group, the form of each factorized layer."""
+    """A point of the space: the width of each cut group, the form of each factorized layer, what stays fp32."""
 
     facts: ModelFacts = field(compare=False, repr=False)
     precision: Precision
@@ -70,45 +41,43 @@ class Choice:
         """
         into, out = self._missing()
         realised: list[tuple[LayerFacts, Precision]] = []
-        made: dict[tuple[str, Precision], LayerFacts] = {}  # the tensors there are, with the layer that makes them
+        tensors: dict[str, LayerFacts] = {}
+        made: dict[str, set[Precision]] = {}  # the precisions in which a tensor is there
         read: set[str] = set()
         for layer in self.facts.layers:
-            narrow = _narrow(layer, into.get(layer.name, 0), out.get(layer.name, 0))
-            precision = self._precision(layer, made)
+            narrow, precision = (
+                narrowed(layer, into.get(layer.name, 0), out.get(layer.name, 0)),
+                self._precisions[layer.name],
+            )
             for source in layer.sources:
-                tensor = made.get((source, OTHER[precision]))
-                if source == MODEL_INPUT and not tensor:
-                    tensor = made[source, "fp32"] = _input(narrow)
-                if tensor and (source, precision) not in made:
-                    realised.append((_border(tensor, precision), "int8"))
-                    made[source, precision] = tensor
+                if source == MODEL_INPUT and source not in tensors:
+                    tensors[source], made[source] = model_input(narrow), {"fp32"}
+                if precision not in made[source]:
+                    realised.append((border(tensors[source], precision), "int8"))
+                    made[source].add(precision)
                 read.add(source)
             form = self.forms.get(layer.name)
-            parts = _factors(narrow, form) if form else (narrow,)
+            parts = factorized(narrow, form) if form else (narrow,)
             realised += [(part, precision) for part in parts]
-            made[layer.name, precision] = narrow
-        ends = [layer for layer in self.facts.layers if layer.name not in read and (layer.name, "int8") in made]
-        return (*realised, *((_border(made[layer.name, "int8"], "fp32"), "int8") for layer in ends))
+            tensors[layer.name], made[layer.name] = narrow, {precision}
+        ends = [name for name, found in made.items() if name not in read and "fp32" not in found]
+        return (*realised, *((border(tensors[name], "fp32"), "int8") for name in ends))
 
-    def _precision(self, layer: LayerFacts, made: Mapping[tuple[str, Precision], LayerFacts]) -> Precision:
-        """What a layer computes in; `made` holds the tensors before it."""
-        if self.precision == "fp32" or layer.name in self.keep_fp32:
-            return "fp32"
-        if layer.weighted or layer.op in INT8_OPERATORS:
-            return "int8"
-        return "int8" if layer.op in PASSING_OPERATORS and (layer.sources[0], "int8") in made else "fp32"
+    def precision_of(self, layer: str) -> Precision:
+        """What a layer computes in."""
+        return self._precisions[layer]
 
-    def sound(self) -> bool:
-        """Whether every form still fits, and pays at, its layer's widths."""
-        if not self.forms:
-            return True
-        into, out = self._missing()
-        for name, form in self.forms.items():
-            layer = self.facts.layer(name)
-            narrow = _narrow(layer, into.get(name, 0), out.get(name, 0))
-            if not _pays(narrow, form):
-                return False
-        return True
+    @cached_property
+    def _precisions(self) -> Mapping[str, Precision]:
+        found: dict[str, Precision] = {MODEL_INPUT: "fp32"}
+        for layer in self.facts.layers:
+            if self.precision == "fp32" or layer.name in self.keep_fp32:
+                found[layer.name] = "fp32"
+            elif layer.weighted or layer.op in INT8_OPERATORS:
+                found[layer.name] = "int8"
+            else:
+                found[layer.name] = found[layer.sources[0]] if layer.op in PASSING_OPERATORS else "fp32"
+        return found
 
     def _missing(self) -> tuple[dict[str, int], dict[str, int]]:
         """Channels that each layer loses at its input and its output."""
@@ -122,6 +91,9 @@ class Choice:
                 for name, slot in group.outputs.items():
                     out[name] = out.get(name, 0) + lost * slot.each
         return into, out
+
+    def live_bytes(self) -> tuple[float, ...]:
+        return (self.live_elements() * (1 if self.precision == "int8" else 4),)
 
     def live_elements(self) -> float:
         """Most activation elements alive at one step of the schedule."""
@@ -143,47 +115,8 @@ def choice_of(facts: ModelFacts, plan: Plan) -> Choice:
         plan.precision,
         {width.group: width.channels for width in plan.widths},
         {form.layer: form for form in plan.forms},
+        frozenset(plan.keep_fp32),
     )
-
-
-def search(
-    start: Choice, candidates: Sequence[Candidate], limits: Sequence[Limit], avoid: Sequence[Choice] = ()
-) -> tuple[Choice, float] | None:
-    """The choice with least estimated loss that keeps every limit, and that loss in nats; None where none was found.
-
-    Choices in `avoid` are not given again.
-    """
-    moves = _moves(candidates)
-    choice, path = start, [start]
-    while not _fits(choice, limits) or choice in avoid:
-        scored = [
-            (score, key, after)
-            for key, after in _steps(choice, moves)
-            if (score := _score(choice, after, moves, limits)) > 0 and after not in avoid
-        ]
-        if not scored:
-            return None
-        choice = max(scored, key=lambda item: (item[0], item[1]))[2]
-        path.append(choice)
-    choice = _give_back(choice, moves, limits, avoid)
-    return choice, _loss(choice, moves)
-
-
-def reachable(start: Choice, candidates: Sequence[Candidate], limits: Sequence[Limit]) -> tuple[Reachable, ...]:
-    """For each limit alone: the smallest value that the candidates reach, with all other limits left aside."""
-    moves = _moves(candidates)
-    found = []
-    for limit in limits:
-        smallest = replace(start, widths={name: min(options) for name, options in moves.widths.items()})
-        best = limit.predicted(smallest)
-        for layer, options in moves.forms.items():
-            for form in options:
-                trial = replace(smallest, forms={**smallest.forms, layer: form})
-                if trial.sound() and limit.predicted(trial) < best:
-                    smallest, best = trial, limit.predicted(trial)
-        best = min(best, limit.predicted(start))
-        found.append(Reachable(limit.kind, limit.target, limit.bound, best, best <= limit.bound))
-    return tuple(found)
 
 
 def to_plan(choice: Choice, **fields: object) -> Plan:
@@ -194,97 +127,16 @@ def to_plan(choice: Choice, **fields: object) -> Plan:
         if choice.channels(group) < group.channels
     )
     forms = tuple(choice.forms[layer.name] for layer in choice.facts.layers if layer.name in choice.forms)
-    return Plan(widths=widths, forms=forms, precision=choice.precision, **fields)  # type: ignore[arg-type]
+    kept = tuple(layer.name for layer in choice.facts.layers if layer.name in choice.keep_fp32)
+    return Plan(widths=widths, forms=forms, precision=choice.precision, keep_fp32=kept, **fields)  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------------------------------------- the search
-
-
-@dataclass(frozen=True)
-class _Moves:
-    """Candidates by what they change: group -> width -> loss, layer -> form -> loss."""
-
-    widths: Mapping[str, Mapping[int, float]]
-    forms: Mapping[str, Mapping[Form, float]]
-
-
-def _moves(candidates: Sequence[Candidate]) -> _Moves:
-    widths: dict[str, dict[int, float]] = {}
-    forms: dict[str, dict[Form, float]] = {}
-    for candidate in candidates:
-        if isinstance(candidate.choice, Width):
-            widths.setdefault(candidate.choice.group, {})[candidate.choice.channels] = candidate.loss
-        else:
-            forms.setdefault(candidate.choice.layer, {})[candidate.choice] = candidate.loss
-    return _Moves(widths, forms)
-
-
-def _steps(choice: Choice, moves: _Moves) -> list[tuple[str, Choice]]:
-    """Every choice one step away: a group one width narrower, a layer in another form."""
-    found = []
-    for name, options in moves.widths.items():
-        now = choice.widths.get(name)
-        narrower = [width for width in options if now is None or width < now]
-        if narrower:
-            width = max(narrower)
-            found.append((f"width {name} {width}", replace(choice, widths={**choice.widths, name: width})))
-    for layer, forms in moves.forms.items():
-        for form in forms:
-            if form != choice.forms.get(layer):
-                found.append((f"form {form}", replace(choice, forms={**choice.forms, layer: form})))
-    return [(key, after) for key, after in found if after.sound()]
-
-
-def _score(before: Choice, after: Choice, moves: _Moves, limits: Sequence[Limit]) -> float:
-    """What the broken limits gain, as a share of what they lack, for each nat lost; 0 where they gain nothing."""
-    gain = 0.0
-    for limit in limits:
-        now = limit.predicted(before)
-        lack = now - limit.bound
-        if lack > 0:
-            gain += max(-1.0, min(1.0, (now - limit.predicted(after)) / lack))
-    return gain / max(_loss(after, moves) - _loss(before, moves), TINY) if gain > 0 else 0.0
-
-
-def _loss(choice: Choice, moves: _Moves) -> float:
-    widths = sum(moves.widths[name][width] for name, width in choice.widths.items())
-    return widths + sum(moves.forms[layer][form] for layer, form in choice.forms.items())
-
-
-def _fits(choice: Choice, limits: Sequence[Limit]) -> bool:
-    return all(limit.predicted(choice) <= limit.bound for limit in limits)
-
-
-def _give_back(choice: Choice, moves: _Moves, limits: Sequence[Limit], avoid: Sequence[Choice]) -> Choice:
-    """Undo, dearest first, whatever the limits do not need."""
-    improved = True
-    while improved:
-        improved = False
-        trials = [
-            replace(choice, forms={k: v for k, v in choice.forms.items() if k != layer}) for layer in choice.forms
-        ]
-        for name, width in choice.widths.items():
-            wider = [option for option in moves.widths[name] if option > width]
-            widths = {k: v for k, v in choice.widths.items() if k != name}
-            trials.append(replace(choice, widths={**widths, name: min(wider)} if wider else widths))
-        for trial in sorted(trials, key=lambda trial: _loss(trial, moves)):
-            if (
-                _loss(trial, moves) < _loss(choice, moves)
-                and trial.sound()
-                and _fits(trial, limits)
-                and trial not in avoid
-            ):
-                choice, improved = trial, True
-                break
-    return choice
-
-
-def _input(reader: LayerFacts) -> LayerFacts:
+def model_input(reader: LayerFacts) -> LayerFacts:
     """An input of the model as a tensor; `reader` is the first layer that reads it."""
     return replace(reader, name="input", out_channels=reader.in_channels, out_elements=reader.in_elements)
 
 
-def _border(tensor: LayerFacts, precision: Precision) -> LayerFacts:
+def border(tensor: LayerFacts, precision: Precision) -> LayerFacts:
     """The conversion of what a layer makes to a precision."""
     op, elements = {"int8": "quantize", "fp32": "dequantize"}[precision], tensor.out_elements
     channels, shape = tensor.out_channels, tensor.out_shape
@@ -295,15 +147,26 @@ def _border(tensor: LayerFacts, precision: Precision) -> LayerFacts:
 
 
 @cache
-def _narrow(layer: LayerFacts, lost_in: int, lost_out: int) -> LayerFacts:
+def narrowed(layer: LayerFacts, lost_in: int, lost_out: int) -> LayerFacts:
     return layer.at(layer.in_channels - lost_in, layer.out_channels - lost_out) if lost_in or lost_out else layer
 
 
 @cache
-def _pays(layer: LayerFacts, form: Form) -> bool:
-    return pays(layer, form)
-
-
-@cache
-def _factors(layer: LayerFacts, form: Form) -> tuple[LayerFacts, ...]:
+def factorized(layer: LayerFacts, form: Form) -> tuple[LayerFacts, ...]:
+    """The layer's factors; `spec.factors`, remembered."""
     return factors(layer, form)
+
+
+def fits(layer: LayerFacts, form: Form) -> bool:
+    """Whether the layer can have such ranks."""
+    return all(0 < rank <= bound for rank, bound in zip(form.ranks, rank_bounds(layer, form), strict=True))
+
+
+def rank_bounds(layer: LayerFacts, form: Form) -> tuple[int, ...]:
+    """The highest ranks that a form of the layer can have."""
+    n, m = layer.in_channels, layer.out_channels
+    if form.kind == "svd":
+        return (min(n, m),)
+    if form.kind == "spatial":
+        return (min(n * layer.kernel[0], m * layer.kernel[1]),)
+    return (m, n)

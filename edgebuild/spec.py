@@ -348,14 +348,31 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Cast:
+    """A layer that computes in another precision than fp32: its weights and what it reads are quantized."""
+
+    layer: str
+    precision: Precision = "int8"
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One way to realise a group (`choice` is a Width) or a layer (a Form), with its estimated loss increase.
+    """One way to realise a group (`choice` is a Width) or a layer (a Form, a Cast), with its estimated loss increase.
 
     The loss is in nats of the model's own output distribution, as `edgebuild.sensitivity` defines it.
     """
 
-    choice: Width | Form
+    choice: Width | Form | Cast
     loss: float
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A candidate that the planner was not given, and why it cannot pay on the target."""
+
+    where: str
+    candidate: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -390,6 +407,24 @@ class Plan:
     def choices(self) -> "Plan":
         """The plan without its explanation: two plans with equal choices build the same artifact."""
         return replace(self, why=())
+
+
+@dataclass(frozen=True)
+class Solve:
+    """A run of the planner's integer program.
+
+    `gap`: how far the plan's loss may lie above the least possible, relative; None where no plan was found. `seconds`
+    is the solver's time, `building` that of writing the program down. `columns` counts the binaries too.
+    """
+
+    status: Literal["optimal", "time limit", "infeasible", "no plan in time", "failed"]
+    seconds: float
+    building: float
+    gap: float | None
+    nodes: int
+    binaries: int
+    columns: int
+    rows: int
 
 
 def factors(layer: LayerFacts, form: Form) -> tuple[LayerFacts, ...]:
