@@ -1,58 +1,142 @@
-"""The next plan to try: quantize only where that may fit, else the least harm that the corrected cost model allows."""
+"""The next plan to try: quantize only where that fits, else the least loss that the corrected cost model allows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
-from edgebuild import costs
-from edgebuild.plan import Choice, Limit, reachable, search, to_plan
+from edgebuild import costs, program, space
+from edgebuild.costs import Factors
+from edgebuild.plan import Choice, choice_of, to_plan
 from edgebuild.realise import Base
 from edgebuild.report.figures import figure
-from edgebuild.spec import Plan, Profile, Reachable, Target, Technique, Width
+from edgebuild.space import Limit, Space
+from edgebuild.spec import (
+    BudgetKind,
+    Candidate,
+    Cast,
+    Dropped,
+    Form,
+    FrontierPoint,
+    Plan,
+    Precision,
+    Profile,
+    Reachable,
+    Solve,
+    Target,
+    Technique,
+    Width,
+)
 
-# How far beyond a bound a prediction may lie and still be worth a measurement. Sizes are counted, the rest is modelled.
-DOUBT: Mapping[str, float] = {
-    "size": 1.02,
-    "latency": 1.3,
-    "latency_p95": 1.5,
-    "latency_p99": 1.5,
-    "throughput": 1.3,
-    "peak_memory": 1.3,
+# Share of a bound that a plan aims at: what is measured scatters, and a plan on the edge would break every second time.
+AIM: Mapping[str, float] = {
+    "size": 1.0,
+    "latency": 0.97,
+    "latency_p95": 0.95,
+    "latency_p99": 0.95,
+    "throughput": 0.97,
+    "peak_memory": 0.98,
 }
 MOST_DISTILLATION = 4  # times the steps that the profile asks for
-
-Factors = dict[tuple[str, str], float]
+NEAREST_GAP = 1e-3
+FRONTIER_POINTS, FRONTIER_GAP, FRONTIER_TIME = 6, 0.03, 4.0  # by axis; seconds for each
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A plan, the choice behind it, and what the cost model says of each planned budget, by (kind, target)."""
+    """A plan, the choice behind it, and what the models say of it.
+
+    `predicted`: the cost of each planned budget by (kind, target); `loss`: nats by technique, before any training.
+    """
 
     plan: Plan
     choice: Choice
     predicted: Mapping[tuple[str, str], float]
+    loss: Mapping[Technique, float]
+    solve: Solve | None = None
+
+    @property
+    def total_loss(self) -> float:
+        return sum(self.loss.values())
 
 
-def propose(
-    base: Base, profile: Profile, targets: Sequence[Target], factors: Factors, tried: Sequence[Proposal]
-) -> Proposal | None:
-    """A plan that was not tried yet, or None where the cost model sees none that could fit."""
-    start, limits = _start(base, profile), costs.limits(profile, targets, factors)
-    done = [proposal.choice for proposal in tried]
-    if not tried and _may_fit(start, limits):
-        return _proposal(
-            base,
-            start,
-            limits,
-            profile,
-            ("int8 alone may fit" if start.precision == "int8" else "it may fit as it is",),
-        )
-    found = search(start, base.candidates, limits, done)
-    if found is None:
-        relaxed = [replace(limit, bound=limit.bound * DOUBT[limit.kind]) for limit in limits]
-        found = search(start, base.candidates, relaxed, done)
-    if found is None:
-        return None
-    return _proposal(base, found[0], limits, profile, _why(base, start, found[0], found[1], limits))
+@dataclass(frozen=True)
+class Planner:
+    """What planning for a base needs: its candidates as re-estimated so far, the cost model as corrected so far."""
+
+    base: Base
+    profile: Profile
+    targets: tuple[Target, ...]
+    factors: Factors
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        return costs.limits(self.profile, self.targets, self.factors)
+
+    @property
+    def precision(self) -> Precision:
+        return "int8" if "quantize" in self.profile.techniques else "fp32"
+
+    def space(self, limits: Sequence[Limit]) -> tuple[Space, tuple[Dropped, ...]]:
+        return space.make(self.base.facts, self.candidates, limits, self.precision)
+
+
+def start(planner: Planner) -> Proposal:
+    """The least harm: nothing but the precision."""
+    choice = Choice(planner.base.facts, planner.precision)
+    why = "int8 alone" if planner.precision == "int8" else "as it is"
+    return proposal(planner, to_plan(choice, base=planner.base.name, why=(why,)))
+
+
+def fits(planner: Planner, proposed: Proposal) -> bool:
+    """Whether every planned budget is predicted to hold."""
+    return all(proposed.predicted[limit.kind, limit.target] <= limit.bound for limit in planner.limits)
+
+
+def propose(planner: Planner, tried: Sequence[Proposal]) -> tuple[Proposal | None, Solve]:
+    """The plan that loses least within every budget and was not tried yet; None where the solver has none.
+
+    It aims a little below the bounds on what is measured, and at the bounds themselves only where nothing else is left.
+    """
+    done = [proposed.choice for proposed in tried]
+    solved = None
+    for aim in (AIM, {}):
+        limits = [replace(limit, bound=limit.bound * aim.get(limit.kind, 1.0)) for limit in planner.limits]
+        points, _ = planner.space(limits)
+        solved = program.solve(points, limits, done)
+        if solved.choice is not None:
+            plan = _plan(planner, solved.choice, solved.loss, points, limits)
+            return proposal(planner, plan, solved.solve), solved.solve
+        if solved.solve.status != "infeasible":
+            break
+    assert solved is not None
+    return None, solved.solve
+
+
+def proposal(planner: Planner, plan: Plan, solve: Solve | None = None) -> Proposal:
+    """A plan with what the models say of it."""
+    choice = choice_of(planner.base.facts, plan)
+    predicted = {(limit.kind, limit.target): limit.predicted(choice) for limit in planner.limits}
+    return Proposal(plan, choice, predicted, losses(planner.candidates, choice), solve)
+
+
+def losses(candidates: Sequence[Candidate], choice: Choice) -> dict[Technique, float]:
+    """Estimated nats of a choice by technique; what is no candidate counts as the nearest that is cut deeper."""
+    found: dict[Technique, float] = {"quantize": 0.0, "prune": 0.0, "factorize": 0.0}
+    widths: dict[str, list[tuple[int, float]]] = {}
+    for candidate in candidates:
+        what = candidate.choice
+        if isinstance(what, Width):
+            widths.setdefault(what.group, []).append((what.channels, candidate.loss))
+        elif isinstance(what, Form):
+            found["factorize"] += candidate.loss if choice.forms.get(what.layer) == what else 0.0
+        elif isinstance(what, Cast):
+            found["quantize"] += candidate.loss if choice.precision_of(what.layer) == what.precision else 0.0
+    for group, channels in choice.widths.items():
+        levels = sorted(widths.get(group, ()))
+        at_most = [loss for width, loss in levels if width <= channels]
+        found["prune"] += at_most[-1] if at_most else max((loss for _, loss in levels), default=0.0)
+    return found
 
 
 def more_training(last: Proposal, profile: Profile) -> Proposal | None:
@@ -65,52 +149,104 @@ def more_training(last: Proposal, profile: Profile) -> Proposal | None:
     return replace(last, plan=replace(last.plan, distil=True, distil_steps=wanted, why=why))
 
 
-def reachable_now(base: Base, profile: Profile, targets: Sequence[Target], factors: Factors) -> tuple[Reachable, ...]:
-    """The smallest value that the candidates reach for each planned budget alone."""
-    return reachable(_start(base, profile), base.candidates, costs.limits(profile, targets, factors))
+# ---------------------------------------------------------------------------------------------------- infeasible
 
 
-def _start(base: Base, profile: Profile) -> Choice:
-    return Choice(base.facts, "int8" if "quantize" in profile.techniques else "fp32")
+def reachable(planner: Planner) -> tuple[tuple[Reachable, ...], dict[tuple[str, str], Proposal]]:
+    """For each planned budget the smallest value alone, and the nearest one with all others as asked.
+
+    With the plans that reach the nearest values.
+    """
+    limits = planner.limits
+    points, _ = planner.space(limits)
+    rows, plans = [], {}
+    for limit in limits:
+        alone = program.least(points, [limit], limit, NEAREST_GAP)
+        together = program.least(points, limits, limit, NEAREST_GAP) if len(limits) > 1 else alone
+        smallest = limit.predicted(alone.choice) if alone.choice else inf
+        nearest = limit.predicted(together.choice) if together.choice else None
+        if together.choice:
+            plan = to_plan(together.choice, base=planner.base.name, why=(f"the least {limit.kind}",))
+            plans[limit.kind, limit.target] = proposal(planner, plan, together.solve)
+        rows.append(Reachable(limit.kind, limit.target, limit.bound, smallest, smallest <= limit.bound, nearest))
+    return tuple(rows), plans
 
 
-def _may_fit(choice: Choice, limits: Sequence[Limit]) -> bool:
-    return all(limit.predicted(choice) <= limit.bound * DOUBT[limit.kind] for limit in limits)
+# -------------------------------------------------------------------------------------------------- the trade-off
 
 
-def _proposal(base: Base, choice: Choice, limits: Sequence[Limit], profile: Profile, why: tuple[str, ...]) -> Proposal:
-    if base.name == "student":
+def frontier(planner: Planner, chosen: Proposal | None) -> tuple[FrontierPoint, ...]:
+    """The least estimated loss at falling latencies on the gating target, and at falling sizes, other budgets as asked.
+
+    From the planner alone; around the chosen plan, whose own bound is among the points.
+    """
+    found = []
+    kinds: tuple[BudgetKind, ...] = ("latency", "size")
+    axes = [costs.limit(kind, planner.targets[0], inf, planner.profile, planner.factors) for kind in kinds]
+    for axis in axes:
+        others = [limit for limit in planner.limits if (limit.kind, limit.target) != (axis.kind, axis.target)]
+        wide = replace(axis, bound=axis.predicted(Choice(planner.base.facts, planner.precision)))
+        points, _ = planner.space([*others, wide])
+        least = program.least(points, [*others, wide], wide, FRONTIER_GAP, FRONTIER_TIME)
+        if least.choice is None:
+            continue
+        low, high = axis.predicted(least.choice), wide.bound
+        ratio = (low / high) ** (1 / (FRONTIER_POINTS - 1))
+        for i in range(FRONTIER_POINTS):
+            bound = high * ratio**i * (1 + NEAREST_GAP)
+            limits = [*others, replace(axis, bound=bound)]
+            solved = program.solve(points, limits, (), FRONTIER_GAP, FRONTIER_TIME)
+            if solved.choice is None:
+                continue
+            predicted = {name(other): other.predicted(solved.choice) for other in axes}
+            is_chosen = chosen is not None and solved.choice == chosen.choice
+            found.append(FrontierPoint(name(axis), bound, predicted, solved.loss, solved.solve.gap or 0.0, is_chosen))
+    return tuple(found)
+
+
+def name(limit: Limit) -> str:
+    """ "size", "latency on pixel"."""
+    return limit.kind + (f" on {limit.target}" if limit.target else "")
+
+
+# ------------------------------------------------------------------------------------------------------- reasons
+
+
+def _plan(planner: Planner, choice: Choice, loss: float, points: Space, limits: Sequence[Limit]) -> Plan:
+    profile = planner.profile
+    why = _why(planner, choice, loss, points, limits)
+    if planner.base.name == "student":
         why = ("student: no plan for the model itself met the budgets", *why)
-    cut = bool(choice.widths or choice.forms)
-    distil = cut and "distil" in profile.techniques
+    distil = bool(choice.widths or choice.forms) and "distil" in profile.techniques
     if distil:
         why = (*why, "distil: to recover what the cuts lose")
     steps = profile.distillation.steps if distil else 0
-    plan = to_plan(choice, base=base.name, distil=distil, distil_steps=steps, why=why)
-    return Proposal(plan, choice, {(limit.kind, limit.target): limit.predicted(choice) for limit in limits})
+    return to_plan(choice, base=planner.base.name, distil=distil, distil_steps=steps, why=why)
 
 
-def _why(base: Base, start: Choice, choice: Choice, loss: float, limits: Sequence[Limit]) -> tuple[str, ...]:
+def _why(planner: Planner, choice: Choice, loss: float, points: Space, limits: Sequence[Limit]) -> tuple[str, ...]:
     """What each technique of a choice was needed for, found by planning again without it."""
+    whole = points.whole
     broken = [
-        f"{figure(limit.kind, limit.predicted(start))} {limit.kind}{f' on {limit.target}' if limit.target else ''}, "
-        f"budget {figure(limit.kind, limit.bound)}"
-        for limit in limits
-        if limit.predicted(start) > limit.bound
+        f"{figure(limit.kind, limit.predicted(whole))} {name(limit)}, budget {figure(limit.kind, limit.bound)}"
+        for limit in planner.limits
+        if limit.predicted(whole) > limit.bound
     ]
-    why = [f"{start.precision} alone does not fit: {'; '.join(broken)}"]
-    names: dict[Technique, bool] = {"prune": bool(choice.widths), "factorize": bool(choice.forms)}
-    for technique, used in names.items():
+    why = [f"{points.precision} alone does not fit: {'; '.join(broken)}"] if broken else []
+    without: dict[Technique, Space] = {
+        "prune": replace(points, widths={}),
+        "factorize": points.without_forms(),
+    }
+    for technique, used in {"prune": bool(choice.widths), "factorize": bool(choice.forms)}.items():
         if not used:
             continue
-        others = [c for c in base.candidates if isinstance(c.choice, Width) != (technique == "prune")]
-        without = search(start, others, limits)
-        if without is None:
+        other = program.solve(without[technique], limits, (), FRONTIER_GAP, FRONTIER_TIME)  # type: ignore[index]
+        if other.solve.status == "infeasible":
             why.append(f"{technique}: without it no plan fits")
-        elif without[1] > loss:
-            why.append(
-                f"{technique}: without it the plan is estimated to lose {without[1]:.3g} nats instead of {loss:.3g}"
-            )
+        elif other.choice is not None and other.loss > loss:
+            why.append(f"{technique}: without it the plan is estimated to lose {other.loss:.3g} nats instead of {loss:.3g}")
         else:
             why.append(f"{technique}: it makes room at an estimated loss of {loss:.3g} nats")
+    if kept := sorted(choice.keep_fp32):
+        why.append(f"fp32 stays in {', '.join(kept)}: the estimated loss is less by more than what it costs")
     return tuple(why)

@@ -1,7 +1,7 @@
 """What may be chosen, and the limits on it: candidates without those that cannot pay on the target. No torch here."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edgebuild.plan import Choice, factorized
 from edgebuild.spec import (
@@ -88,6 +88,11 @@ class Space:
     def whole(self) -> Choice:
         """Every group at its width, every layer dense in the model's precision."""
         return Choice(self.facts, self.precision)
+
+    def without_forms(self) -> "Space":
+        """The space with every layer dense."""
+        dense = {name: tuple(o for o in options if o.form is None) for name, options in self.options.items()}
+        return replace(self, options=dense)
 
     def loss(self, choice: Choice) -> float:
         """The estimated loss of a choice in nats. Raises KeyError where it is no point of the space."""

@@ -601,6 +601,18 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """A figure of a built artifact beside what the corrected cost model had said of it; `error` is relative."""
+
+    quantity: str
+    target: str
+    predicted: float
+    found: float
+    method: Method
+    error: float
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """A layer before and after; sizes in parameters. `latency` is the prediction for each target, in seconds."""
 
@@ -616,27 +628,60 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Round:
-    """One pass of the loop: a plan, what the cost model said of it, what was found. `size` in bytes."""
+    """One pass of the loop: a plan, what the models said of it, what was found. `size` in bytes.
+
+    A `draft` was lowered and measured without training, since weights change neither size nor latency nor memory; it
+    broke a budget, so it was never trained. `estimated_loss` and `loss` are nats of the softened output distribution
+    on the calibration samples: as estimated before training, and as found on what was lowered.
+    """
 
     number: int
     plan: Plan
+    draft: bool
     artifact_sha256: str
     size: int
     verdicts: tuple[Verdict, ...]
+    predictions: tuple[Prediction, ...]
+    estimated_loss: float
+    loss: float
+    score: float | None  # the task's metric, of the artifact
     training: str
+    solve: Solve | None
     corrections: Mapping[str, float]  # factor on the cost model that the plan was made with, by budget and target
     met: bool
 
 
 @dataclass(frozen=True)
 class Reachable:
-    """Smallest predicted value that any plan reaches for a budget, with the other budgets left aside."""
+    """What plans can reach for a budget, as predicted (a figure that was `measured` on a built plan is marked so).
+
+    `smallest`: with the other budgets left aside, `feasible` where that is within the bound. `nearest`: with all
+    other budgets as asked; None where they cannot be met whatever this one is.
+    """
 
     kind: BudgetKind
     target: str
     bound: float
     smallest: float
     feasible: bool
+    nearest: float | None
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """A plan on the trade-off curve: the least estimated loss (nats) where `axis` is at most `bound`.
+
+    `predicted` gives size and latency of the gating target by name. `gap` is the solver's. `chosen`: it is the plan
+    that was built.
+    """
+
+    axis: str
+    bound: float
+    predicted: Mapping[str, float]
+    loss: float
+    gap: float
+    chosen: bool
 
 
 @dataclass(frozen=True)
@@ -665,6 +710,9 @@ class Report:
     layers: tuple[LayerRow, ...]
     rounds: tuple[Round, ...]
     reachable: tuple[Reachable, ...]
+    frontier: tuple[FrontierPoint, ...]
+    dropped: tuple[Dropped, ...]
+    trials: tuple[Trial, ...]
     findings: tuple[Finding, ...]
     stages: Mapping[str, float]  # seconds by stage
     environment: Mapping[str, str]  # versions, machine, seed: what a rebuild would need
