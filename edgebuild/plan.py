@@ -214,7 +214,7 @@ def _moves(candidates: Sequence[Candidate]) -> _Moves:
     for candidate in candidates:
         if isinstance(candidate.choice, Width):
             widths.setdefault(candidate.choice.group, {})[candidate.choice.channels] = candidate.loss
-        else:
+        elif isinstance(candidate.choice, Form):
             forms.setdefault(candidate.choice.layer, {})[candidate.choice] = candidate.loss
     return _Moves(widths, forms)
 

@@ -74,14 +74,16 @@ def prepare(
     facts = check_prunable(model, inputs, facts) if "prune" in techniques else facts
     probes = factorize.probes(model, facts, TILE) if "factorize" in techniques else {}
     samples = loaded.samples[:: max(1, len(loaded.samples) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
-    wanted = "prune" in techniques or "factorize" in techniques
+    wanted = {"prune", "factorize", "quantize"} & set(techniques)
     logits = loaded.task.outputs == "logits"
-    found = measure(model, facts, samples, probes, logits, profile.seed) if wanted else Sensitivity({}, {})
+    found = measure(model, facts, samples, probes, logits, profile.seed) if wanted else Sensitivity({}, {}, {})
     candidates: tuple[Candidate, ...] = ()
     if "prune" in techniques:
         candidates += prune.candidates(facts, found, TILE)
     if "factorize" in techniques:
         candidates += factorize.candidates(facts, found, TILE)
+    if "quantize" in techniques:
+        candidates += quantize.candidates(facts, found)
     return Base(name, model, facts, found, candidates, cache.key(lifted_digest(model), inputs_digest), fresh)
 
 

@@ -348,13 +348,21 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Cast:
+    """A layer that computes in another precision than fp32: its weights and what it reads are quantized."""
+
+    layer: str
+    precision: Precision = "int8"
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One way to realise a group (`choice` is a Width) or a layer (a Form), with its estimated loss increase.
+    """One way to realise a group (`choice` is a Width) or a layer (a Form, a Cast), with its estimated loss increase.
 
     The loss is in nats of the model's own output distribution, as `edgebuild.sensitivity` defines it.
     """
 
-    choice: Width | Form
+    choice: Width | Form | Cast
     loss: float
 
 
