@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from edgebuild import cache
+from edgebuild import cache, trials
 from edgebuild.analyse import analyse, check_prunable
 from edgebuild.backends import BACKENDS
 from edgebuild.devices import Arrays
 from edgebuild.environment import versions
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
-from edgebuild.sensitivity import Sensitivity, measure
-from edgebuild.spec import Artifact, Candidate, Distillation, ModelFacts, Plan, Profile
+from edgebuild.sensitivity import Sensitivity, measure, moments
+from edgebuild.spec import Artifact, Candidate, Distillation, ModelFacts, Plan, Profile, Trial
 from edgebuild.transforms import distil, factorize, prune, quantize
 from edgebuild.verify import eager
 
@@ -29,7 +29,8 @@ TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at
 class Base:
     """A model to compress, analysed: the task's own, or its student once it has been distilled.
 
-    `digest` covers the weights and all inputs that a realised plan depends on; `fresh` takes nothing from the cache.
+    The candidates' losses are calibrated by `trials`. `digest` covers the weights and all inputs that a realised plan
+    depends on; `fresh` takes nothing from the cache.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Base:
     digest: str
     fresh: bool = False
     training: str = ""
+    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,33 @@ def prepare(
     facts = analyse(model, inputs)
     techniques = profile.techniques
     facts = check_prunable(model, inputs, facts) if "prune" in techniques else facts
-    probes = factorize.probes(model, facts, TILE) if "factorize" in techniques else {}
     samples = loaded.samples[:: max(1, len(loaded.samples) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
-    wanted = {"prune", "factorize", "quantize"} & set(techniques)
     logits = loaded.task.outputs == "logits"
-    found = measure(model, facts, samples, probes, logits, profile.seed) if wanted else Sensitivity({}, {}, {})
     candidates: tuple[Candidate, ...] = ()
+    found = Sensitivity({}, {}, {}, {})
+    if {"prune", "factorize", "quantize"} & set(techniques):
+        seen = moments(model, facts, loaded.samples)
+        probes = factorize.probes(model, facts, seen, TILE) if "factorize" in techniques else {}
+        found = measure(model, facts, samples, probes, seen, logits, profile.seed)
     if "prune" in techniques:
-        candidates += prune.candidates(facts, found, TILE)
+        candidates += prune.candidates(model, facts, found, samples, TILE, logits)
     if "factorize" in techniques:
         candidates += factorize.candidates(facts, found, TILE)
     if "quantize" in techniques:
         candidates += quantize.candidates(facts, found)
-    return Base(name, model, facts, found, candidates, cache.key(lifted_digest(model), inputs_digest), fresh)
+    quantizer = BACKENDS[profile.artifact].quantizer
+    tried = trials.run(
+        model,
+        facts,
+        found,
+        candidates,
+        samples,
+        lambda: quantize.apply(model, inputs, samples, quantizer()),
+        logits,
+        profile.seed,
+    )
+    digest = cache.key(lifted_digest(model), inputs_digest)
+    return Base(name, model, facts, found, trials.rescaled(candidates, tried), digest, fresh, trials=tried)
 
 
 def realise(
@@ -118,7 +134,8 @@ def compress(base: Base, plan: Plan, inputs: tuple[Tensor, ...]) -> fx.GraphModu
     if plan.widths:
         model = prune.apply(model, inputs, base.facts, base.sensitivity, plan.widths)
     if plan.forms:
-        model = factorize.apply(model, inputs, plan.forms)
+        seen = prune.moments_after(base.facts, base.sensitivity, plan.widths)
+        model = factorize.apply(model, inputs, plan.forms, seen)
     return lift(model, inputs) if plan.widths or plan.forms else model
 
 

@@ -16,14 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from edgebuild.divergence import TEMPERATURE, batches
 from edgebuild.errors import TaskError
 from edgebuild.lift import outputs_of
 from edgebuild.rounding import Rounding, weight_error
 from edgebuild.spec import INT8_OPERATORS, ModelFacts
 
-# A trained classifier is so sure of itself that its gradients vanish; the softened distribution still ranks the
-# changes, and is the one that distillation fits.
-TEMPERATURE = 4.0
+MOST_CHANNELS = 4096  # of a layer whose second moments are kept; more would take gigabytes
 
 Probe = Callable[[Tensor], Tensor]
 
@@ -32,12 +31,14 @@ Probe = Callable[[Tensor], Tensor]
 class Sensitivity:
     """g . d for each sample s: `gates[group][s, c]` for losing channel c, `probed[layer][s, i]` for candidate i.
 
-    `casts[layer]` is the loss increase (nats) of the layer in int8.
+    `casts[layer]` is the loss increase (nats) of the layer in int8. `moments[layer]` is E[x x^T] of what a layer reads,
+    channels x channels.
     """
 
     gates: Mapping[str, NDArray[np.float64]]
     probed: Mapping[str, NDArray[np.float64]]
     casts: Mapping[str, float]
+    moments: Mapping[str, Tensor]
 
     def channel_scores(self, group: str) -> NDArray[np.float64]:
         """The loss increase (nats) for each single channel of a group, shape (channels,)."""
@@ -49,11 +50,43 @@ def loss(dots: NDArray[np.float64]) -> NDArray[np.float64]:
     return 0.5 * np.mean(dots**2, axis=0)
 
 
+def moments(model: fx.GraphModule, facts: ModelFacts, samples: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """E[x x^T] of what each ungrouped layer reads, over samples and positions: float64, channels x channels."""
+    found: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach()
+            x = x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x
+            x = x.reshape(-1, x.shape[-1])
+            found[name] = found.get(name, torch.zeros((), dtype=torch.float64)) + (x.T @ x).double()
+            rows[name] = rows.get(name, 0) + len(x)
+
+        return hook
+
+    layers = [layer for layer in facts.layers if layer.weighted and layer.groups == 1]
+    handles = [
+        model.get_submodule(layer.name).register_forward_pre_hook(keep(layer.name))
+        for layer in layers
+        if layer.in_channels <= MOST_CHANNELS
+    ]
+    try:
+        with torch.no_grad():
+            for batch in batches(model, samples):
+                model(*batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / rows[name] for name, total in found.items()}
+
+
 def measure(
     model: fx.GraphModule,
     facts: ModelFacts,
     samples: Sequence[tuple[Tensor, ...]],
     probes: Mapping[str, Probe],
+    moments: Mapping[str, Tensor],
     logits: bool,
     seed: int = 0,
 ) -> Sensitivity:
@@ -99,6 +132,7 @@ def measure(
         {name: torch.stack(rows).numpy() for name, rows in gates.items()},
         {name: torch.stack(rows).numpy() for name, rows in probed.items()},
         casts,
+        moments,
     )
     found: list[tuple[str, Any]] = [*result.gates.items(), *result.probed.items(), *result.casts.items()]
     for name, rows in found:

@@ -47,7 +47,7 @@ def test_zeros_are_not_rounded():
 @pytest.mark.parametrize("name", ["stem", "left", "depthwise", "point", "hidden", "classify"])
 def test_the_loss_of_int8_is_that_of_the_rounded_layer(lifted, image, images, name):
     """The estimate against the KL divergence that rounding the layer's weights and input really makes, within 3x."""
-    estimated = measure(lifted, analyse(lifted, image), images, {}, logits=True).casts[name]
+    estimated = measure(lifted, analyse(lifted, image), images, {}, {}, logits=True).casts[name]
     exact = copy.deepcopy(lifted).double()  # the divergence is below float32's rounding
     layer = exact.get_submodule(name)
     batch = torch.cat([x for (x,) in images]).double()
