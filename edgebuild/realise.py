@@ -1,7 +1,7 @@
 """Carries out a plan: prune, factorize, distil, quantize, lower. What it makes is kept in the cache, by content."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from edgebuild import cache
+from edgebuild import cache, trials
 from edgebuild.analyse import analyse, check_prunable
 from edgebuild.backends import BACKENDS
 from edgebuild.devices import Arrays
 from edgebuild.environment import versions
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
-from edgebuild.sensitivity import Sensitivity, measure
-from edgebuild.spec import Artifact, Candidate, Distillation, ModelFacts, Plan, Profile
+from edgebuild.sensitivity import Sensitivity, measure, moments
+from edgebuild.spec import Artifact, Candidate, Distillation, ModelFacts, Plan, Profile, Technique, Trial
 from edgebuild.transforms import distil, factorize, prune, quantize
 from edgebuild.verify import eager
 
@@ -29,7 +29,8 @@ TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at
 class Base:
     """A model to compress, analysed: the task's own, or its student once it has been distilled.
 
-    `digest` covers the weights and all inputs that a realised plan depends on; `fresh` takes nothing from the cache.
+    The candidates' losses are calibrated by `trials`. `digest` covers the weights and all inputs that a realised plan
+    depends on; `fresh` takes nothing from the cache.
     """
 
     name: str
@@ -40,16 +41,23 @@ class Base:
     digest: str
     fresh: bool = False
     training: str = ""
+    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)
 class Built:
-    """An artifact, eager PyTorch's outputs for the model that it was lowered from, and how the training went."""
+    """An artifact, eager PyTorch's outputs for the model that it was lowered from, and how the training went.
+
+    `loss`: nats of the softened output distribution from the base's model to what was lowered, on the calibration
+    samples. `losses`: what each technique added to it, in the order of the flow; of an untrained plan alone.
+    """
 
     artifact: Artifact
     expected: tuple[Arrays, ...]
     training: str
     reused: bool
+    loss: float
+    losses: Mapping[Technique, float]
     lowered: nn.Module | None = field(default=None, compare=False)  # None where the artifact came from the cache
 
     @property
@@ -72,17 +80,33 @@ def prepare(
     facts = analyse(model, inputs)
     techniques = profile.techniques
     facts = check_prunable(model, inputs, facts) if "prune" in techniques else facts
-    probes = factorize.probes(model, facts, TILE) if "factorize" in techniques else {}
     samples = loaded.samples[:: max(1, len(loaded.samples) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
-    wanted = "prune" in techniques or "factorize" in techniques
     logits = loaded.task.outputs == "logits"
-    found = measure(model, facts, samples, probes, logits, profile.seed) if wanted else Sensitivity({}, {})
     candidates: tuple[Candidate, ...] = ()
+    found = Sensitivity({}, {}, {}, {})
+    if {"prune", "factorize", "quantize"} & set(techniques):
+        seen = moments(model, facts, loaded.samples)
+        probes = factorize.probes(model, facts, seen, TILE) if "factorize" in techniques else {}
+        found = measure(model, facts, samples, probes, seen, logits, profile.seed)
     if "prune" in techniques:
-        candidates += prune.candidates(facts, found, TILE)
+        candidates += prune.candidates(model, facts, found, samples, TILE, logits)
     if "factorize" in techniques:
         candidates += factorize.candidates(facts, found, TILE)
-    return Base(name, model, facts, found, candidates, cache.key(lifted_digest(model), inputs_digest), fresh)
+    if "quantize" in techniques:
+        candidates += quantize.candidates(facts, found)
+    quantizer = BACKENDS[profile.artifact].quantizer
+    tried = trials.run(
+        model,
+        facts,
+        found,
+        candidates,
+        samples,
+        lambda: quantize.apply(model, inputs, samples, quantizer()),
+        logits,
+        profile.seed,
+    )
+    digest = cache.key(lifted_digest(model), inputs_digest)
+    return Base(name, model, facts, found, trials.rescaled(candidates, tried), digest, fresh, trials=tried)
 
 
 def realise(
@@ -93,10 +117,15 @@ def realise(
     kept = None if base.fresh else _read(name)
     if kept is not None:
         return kept
-    inputs = loaded.task.example_inputs
+    inputs, samples = loaded.task.example_inputs, loaded.samples[:SENSITIVITY_SAMPLES]
+    logits = loaded.task.outputs == "logits"
     backend = BACKENDS[profile.artifact]
-    model = compress(base, plan, inputs)
-    training = base.training
+    model, training = base.model, base.training
+    losses: dict[Technique, float] = {}
+    for technique, changed in compress(base, plan, inputs):
+        model = changed
+        if not plan.distil:
+            losses[technique] = trials.distance(base.model, model, samples, logits) - sum(losses.values())
     if plan.distil:
         settings = replace(profile.distillation, steps=plan.distil_steps)
         trained, how = train(model, teacher, loaded, settings, profile.seed, progress)
@@ -104,20 +133,26 @@ def realise(
     lowered: nn.Module = model
     if plan.precision == "int8":
         lowered = quantize.apply(model, inputs, loaded.samples, backend.quantizer(plan.keep_fp32))
+    loss = trials.distance(base.model, lowered, samples, logits)
+    if plan.precision == "int8" and not plan.distil:
+        losses["quantize"] = loss - sum(losses.values())
     artifact = backend.lower(lowered, inputs)
-    built = Built(artifact, tuple(eager(lowered, loaded.samples[:SENSITIVITY_SAMPLES])), training, False, lowered)
+    built = Built(artifact, tuple(eager(lowered, samples)), training, False, loss, losses, lowered)
     _write(name, built)
     return built
 
 
-def compress(base: Base, plan: Plan, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
-    """Prune and factorize, then lift again, so that the factors are layers of their own."""
+def compress(base: Base, plan: Plan, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Technique, fx.GraphModule]]:
+    """The model once pruned, then once factorized as well; lifted again, so that the factors are layers of their own."""
     model = base.model
     if plan.widths:
         model = prune.apply(model, inputs, base.facts, base.sensitivity, plan.widths)
+        if not plan.forms:
+            model = lift(model, inputs)
+        yield "prune", model
     if plan.forms:
-        model = factorize.apply(model, inputs, plan.forms)
-    return lift(model, inputs) if plan.widths or plan.forms else model
+        seen = prune.moments_after(base.facts, base.sensitivity, plan.widths)
+        yield "factorize", lift(factorize.apply(model, inputs, plan.forms, seen), inputs)
 
 
 def train(
@@ -164,7 +199,9 @@ def _write(name: str, built: Built) -> None:
     tensors = {"artifact": np.frombuffer(built.artifact.data, dtype=np.uint8)}
     for s, sample in enumerate(built.expected):
         tensors |= {f"{s:04}.{i}": np.ascontiguousarray(y) for i, y in enumerate(sample)}
-    cache.write("built", name, save(tensors, {"facts": json.dumps(facts), "training": built.training}))
+    losses = {"total": built.loss, **built.losses}
+    about = {"facts": json.dumps(facts), "training": built.training, "losses": json.dumps(losses)}
+    cache.write("built", name, save(tensors, about))
 
 
 def _read(name: str) -> Built | None:
@@ -183,6 +220,7 @@ def _read(name: str) -> Built | None:
             samples.setdefault(key.partition(".")[0], []).append(tensors[key])
         facts["fallen_back"] = tuple(facts["fallen_back"])
         artifact = Artifact(data=tensors["artifact"].tobytes(), **facts)
-        return Built(artifact, tuple(tuple(outputs) for outputs in samples.values()), metadata["training"], True)
+        expected, losses = tuple(tuple(outputs) for outputs in samples.values()), json.loads(metadata["losses"])
+        return Built(artifact, expected, metadata["training"], True, losses.pop("total"), losses)
     except (SafetensorError, KeyError, ValueError, TypeError):
         return None  # damaged: it is made again

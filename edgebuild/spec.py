@@ -376,6 +376,19 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A plan of one technique alone that was tried, with its loss in nats as estimated and as found.
+
+    `changes` counts the groups or layers that it changes.
+    """
+
+    technique: Technique
+    changes: int
+    estimated: float
+    real: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to do to the model, as data; ships with the artifact and can be built again from its JSON.
 

@@ -3,11 +3,15 @@
 svd: a linear layer or 1x1 convolution as two (Denton et al. 2014, arXiv:1404.0736).
 spatial: a k x k convolution as k x 1 and 1 x k (Jaderberg et al. 2014, arXiv:1405.3866).
 tucker2: as 1x1, k x k on fewer channels, and 1x1 (Kim et al. 2016, arXiv:1511.06530).
+
+What is decomposed is the weight times the square root of its inputs' second moments: the error that is least is then
+that of the layer's outputs, not of its weights (Zhang et al. 2015, arXiv:1505.06798; Chen et al. 2021, DRONE).
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import tensorly as tl
 import torch
@@ -21,6 +25,7 @@ from edgebuild.spec import Candidate, Form, FormKind, LayerFacts, ModelFacts, pa
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)  # of the full rank
 SMALLEST_RANK = 4
+RIDGE = 1e-2  # of the mean second moment: few samples must not be fitted to the last digit
 
 
 def forms(layer: LayerFacts, tile: int) -> tuple[Form, ...]:
@@ -65,13 +70,37 @@ class _Basis:
     core: Tensor
 
 
-def probes(model: fx.GraphModule, facts: ModelFacts, tile: int) -> dict[str, Probe]:
+def probes(model: fx.GraphModule, facts: ModelFacts, moments: Mapping[str, Tensor], tile: int) -> dict[str, Probe]:
     """For each layer with forms, the map from its weight's gradient to g . dW of every form."""
-    return {
-        layer.name: _probe(model.get_submodule(layer.name).weight.detach(), forms(layer, tile))  # type: ignore[operator]
-        for layer in facts.layers
-        if forms(layer, tile)
-    }
+    found = {}
+    for layer in facts.layers:
+        if chosen := forms(layer, tile):
+            weight: Tensor = model.get_submodule(layer.name).weight.detach()  # type: ignore[operator]
+            found[layer.name] = _probe(weight, _scaling(weight, moments.get(layer.name)), chosen)
+    return found
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """The square root of the second moments of a layer's inputs, and its inverse: in x in."""
+
+    root: Tensor
+    inverse: Tensor
+
+
+def _scaling(weight: Tensor, moments: Tensor | None) -> _Scaling:
+    """By a layer's own moments; the identity where none were kept."""
+    if moments is None:
+        one = torch.eye(weight.shape[1], dtype=weight.dtype)
+        return _Scaling(one, one)
+    ridge = RIDGE * moments.diagonal().mean().clamp(min=1e-12) * torch.eye(len(moments), dtype=moments.dtype)
+    values, vectors = torch.linalg.eigh(moments + ridge)
+    roots = values.clamp(min=1e-12).sqrt()
+    return _Scaling((vectors * roots @ vectors.T).to(weight.dtype), (vectors / roots @ vectors.T).to(weight.dtype))
+
+
+def _scaled(weight: Tensor, by: Tensor) -> Tensor:
+    return torch.einsum("oi...,ij->oj...", weight, by)
 
 
 def candidates(facts: ModelFacts, sensitivity: Sensitivity, tile: int) -> tuple[Candidate, ...]:
@@ -83,23 +112,25 @@ def candidates(facts: ModelFacts, sensitivity: Sensitivity, tile: int) -> tuple[
     return tuple(found)
 
 
-def _probe(weight: Tensor, chosen: Sequence[Form]) -> Probe:
+def _probe(weight: Tensor, scaling: _Scaling, chosen: Sequence[Form]) -> Probe:
+    weight = _scaled(weight, scaling.root)
     bases = {kind: _basis(weight, kind) for kind in {form.kind for form in chosen}}
 
     def probe(grad: Tensor) -> Tensor:
-        dots = []
-        for form in chosen:
-            basis = bases[form.kind]
-            seen = _matrix(grad, form.kind)
-            if form.kind == "tucker2":
-                kept = torch.einsum("oihw,or,is->rshw", seen, basis.left, basis.right) * basis.core
-                inside = kept[: form.ranks[0], : form.ranks[1]].sum()
-            else:
-                inside = ((basis.left.T @ seen @ basis.right.T).diagonal() * basis.core)[: form.ranks[0]].sum()
-            dots.append(inside - (seen * _matrix(weight, form.kind)).sum())
-        return torch.stack(dots)
+        grad = _scaled(grad, scaling.inverse)
+        whole = (grad * weight).sum()
+        inside = {kind: _inside(grad, basis, kind) for kind, basis in bases.items()}
+        return torch.stack([inside[form.kind][tuple(r - 1 for r in form.ranks)] - whole for form in chosen])
 
     return probe
+
+
+def _inside(grad: Tensor, basis: _Basis, kind: FormKind) -> Tensor:
+    """g . W_r for every rank r at once, the weight's leading block: index r - 1 (tucker2: r_out - 1, r_in - 1)."""
+    if kind == "tucker2":
+        part = torch.einsum("rihw,is->rshw", torch.einsum("oihw,or->rihw", grad, basis.left), basis.right)
+        return (part * basis.core).sum((2, 3)).cumsum(0).cumsum(1)
+    return ((basis.left.T @ _matrix(grad, kind) * basis.right).sum(1) * basis.core).cumsum(0)
 
 
 def _basis(weight: Tensor, kind: FormKind) -> _Basis:
@@ -124,8 +155,16 @@ def _matrix(weight: Tensor, kind: FormKind) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- apply
 
 
-def apply(model: fx.GraphModule, inputs: tuple[Tensor, ...], chosen: Sequence[Form]) -> fx.GraphModule:
-    """A copy with each chosen layer replaced by its factors. Raises TransformError where a form does not fit."""
+def apply(
+    model: fx.GraphModule,
+    inputs: tuple[Tensor, ...],
+    chosen: Sequence[Form],
+    moments: Mapping[str, Tensor] = MappingProxyType({}),
+) -> fx.GraphModule:
+    """A copy with each chosen layer replaced by its factors. Raises TransformError where a form does not fit.
+
+    `moments[layer]` is E[x x^T] of what the layer reads; where it is missing the weight's own error is made least.
+    """
     result = copy.deepcopy(model)
     for form in chosen:
         try:
@@ -133,12 +172,26 @@ def apply(model: fx.GraphModule, inputs: tuple[Tensor, ...], chosen: Sequence[Fo
         except AttributeError:
             raise TransformError(f"the plan factorizes layer {form.layer!r}, which the model does not have") from None
         _check_form(layer, form)
-        result.set_submodule(form.layer, nn.Sequential(*_decompose(layer, form)))
+        result.set_submodule(form.layer, nn.Sequential(*_decompose(layer, form, moments.get(form.layer))))
     with torch.no_grad():
         for want, got in zip(outputs_of(model(*inputs)), outputs_of(result(*inputs)), strict=True):
             if want.shape != got.shape or not torch.isfinite(got).all():
                 raise TransformError("the factorized model's outputs are not finite or changed shape")
     return result
+
+
+def lowered(model: fx.GraphModule, form: Form, moments: Mapping[str, Tensor]) -> Tensor:
+    """The layer's weight as its factors multiply out to: with it the layer computes what they do."""
+    layer = model.get_submodule(form.layer)
+    _check_form(layer, form)
+    factors = [part.weight.detach() for part in _decompose(layer, form, moments.get(form.layer))]  # type: ignore[operator]
+    if form.kind == "tucker2":
+        into, core, out = factors
+        return torch.einsum("mr,rshw,sn->mnhw", out.flatten(1), core, into.flatten(1))
+    first, second = factors
+    if form.kind == "spatial":  # (r, in, kh, 1) then (out, r, 1, kw)
+        return torch.einsum("mrw,rnh->mnhw", second[:, :, 0], first[..., 0])
+    return (second.flatten(1) @ first.flatten(1)).reshape(layer.weight.shape)  # type: ignore[arg-type]
 
 
 def _check_form(layer: nn.Module, form: Form) -> None:
@@ -158,15 +211,21 @@ def _check_form(layer: nn.Module, form: Form) -> None:
         raise TransformError(f"layer {form.layer!r} cannot have ranks {form.ranks} for {form.kind}, at most {bounds}")
 
 
-def _decompose(layer: nn.Module, form: Form) -> list[nn.Module]:
+def _decompose(layer: nn.Module, form: Form, moments: Tensor | None) -> list[nn.Module]:
     weight = layer.weight.detach()  # type: ignore[operator]
     bias = layer.bias.detach() if layer.bias is not None else None  # type: ignore[operator]
     assert isinstance(weight, Tensor)
+    scaling = _scaling(weight, moments)
+    weight = _scaled(weight, scaling.root)
     if form.kind == "tucker2":
-        return _tucker2(layer, weight, bias, form.ranks)
+        return _tucker2(layer, weight, scaling, bias, form.ranks)
     basis, r = _basis(weight, form.kind), form.ranks[0]
     root = basis.core[:r].sqrt()
     left, right = basis.left[:, :r] * root, root[:, None] * basis.right[:r]
+    if form.kind == "spatial":
+        left = torch.einsum("ihr,ij->jhr", left.reshape(len(scaling.root), -1, r), scaling.inverse).flatten(0, 1)
+    else:
+        right = right @ scaling.inverse
     if isinstance(layer, nn.Linear):  # W = left @ right, so `right` runs first
         first, second = nn.Linear(layer.in_features, r, bias=False), nn.Linear(r, layer.out_features, bias is not None)
         return [_filled(first, right), _filled(second, left, bias)]
@@ -186,10 +245,14 @@ def _decompose(layer: nn.Module, form: Form) -> list[nn.Module]:
     ]
 
 
-def _tucker2(layer: nn.Module, weight: Tensor, bias: Tensor | None, ranks: tuple[int, ...]) -> list[nn.Module]:
+def _tucker2(
+    layer: nn.Module, weight: Tensor, scaling: _Scaling, bias: Tensor | None, ranks: tuple[int, ...]
+) -> list[nn.Module]:
+    """`weight` is scaled."""
     assert isinstance(layer, nn.Conv2d)
     with tl.backend_context("pytorch"):
         (core, (out, into)), _ = partial_tucker(weight, rank=list(ranks), modes=[0, 1], init="svd", random_state=0)
+    into = scaling.inverse @ into
     n, m, (r_out, r_in) = layer.in_channels, layer.out_channels, ranks
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     return [

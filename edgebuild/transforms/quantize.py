@@ -10,6 +10,14 @@ from torch import Tensor, fx, nn
 
 from edgebuild.errors import TaskError
 from edgebuild.lift import export
+from edgebuild.sensitivity import Sensitivity
+from edgebuild.spec import Candidate, Cast, ModelFacts
+
+
+def candidates(facts: ModelFacts, sensitivity: Sensitivity) -> tuple[Candidate, ...]:
+    """int8 for every layer that can compute in it, with its loss against fp32, in execution order."""
+    casts = sensitivity.casts
+    return tuple(Candidate(Cast(layer.name), casts[layer.name]) for layer in facts.layers if layer.name in casts)
 
 
 def apply(

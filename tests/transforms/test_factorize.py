@@ -4,6 +4,7 @@ import torch
 from edgebuild.analyse import analyse
 from edgebuild.errors import TransformError
 from edgebuild.lift import lift
+from edgebuild.sensitivity import moments
 from edgebuild.spec import Form, factors
 from edgebuild.transforms import factorize
 
@@ -71,14 +72,15 @@ def test_only_forms_that_pay_are_offered(lifted, image):
             assert sum(part.macs for part in factors(layer, form)) < layer.macs
 
 
-def test_the_probe_is_the_gradient_times_the_change(lifted, image):
+def test_the_probe_is_the_gradient_times_the_change(lifted, image, images):
     """g . dW as computed for every rank at once equals the product with the factorized weight's difference."""
     facts = analyse(lifted, image)
-    probes = factorize.probes(lifted, facts, 8)
+    seen = moments(lifted, facts, images)
+    probes = factorize.probes(lifted, facts, seen, 8)
     grad = torch.randn_like(lifted.hidden.weight)
     dots = probes["hidden"](grad)
     for form, dot in zip(factorize.forms(facts.layer("hidden"), 8), dots, strict=True):
-        parts = factorize.apply(lifted, image, [form]).hidden
+        parts = factorize.apply(lifted, image, [form], seen).hidden
         change = parts[1].weight @ parts[0].weight - lifted.hidden.weight
         assert torch.allclose((grad * change).sum(), dot, rtol=1e-3, atol=1e-3)
 
@@ -97,3 +99,32 @@ def test_the_probe_is_the_gradient_times_the_change(lifted, image):
 def test_a_form_that_does_not_fit_is_refused_by_name(lifted, image, form):
     with pytest.raises(TransformError, match=form.layer):
         factorize.apply(lifted, image, [form])
+
+
+@pytest.mark.parametrize(
+    "form", [Form("hidden", "svd", (12,)), Form("right", "spatial", (12,)), Form("right", "tucker2", (4, 8))], ids=str
+)
+def test_the_inputs_moments_make_the_outputs_error_smaller(lifted, image, images, form):
+    seen = moments(lifted, analyse(lifted, image), images)
+    batch = torch.cat([x for (x,) in images])
+    with torch.no_grad():
+        errors = [
+            float(
+                (
+                    layer_output(factorize.apply(lifted, image, [form], how), batch, form.layer)
+                    - layer_output(lifted, batch, form.layer)
+                )
+                .square()
+                .mean()
+            )
+            for how in (seen, {})
+        ]
+    assert errors[0] < errors[1]
+
+
+def layer_output(model, batch, name):
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(batch)
+    handle.remove()
+    return seen[0]

@@ -1,11 +1,15 @@
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from edgebuild.analyse import analyse
+from edgebuild.divergence import divergences
 from edgebuild.errors import TransformError
 from edgebuild.lift import lift
-from edgebuild.sensitivity import measure
+from edgebuild.sensitivity import measure, moments
 from edgebuild.spec import Width
 from edgebuild.transforms import prune
 
@@ -14,7 +18,7 @@ from edgebuild.transforms import prune
 def analysed(small_net, image, images):
     lifted = lift(small_net, image)
     facts = analyse(lifted, image)
-    return lifted, facts, measure(lifted, facts, images, {}, logits=True)
+    return lifted, facts, measure(lifted, facts, images, {}, moments(lifted, facts, images), logits=True)
 
 
 def test_widths_are_tiles_and_never_below_an_eighth():
@@ -24,9 +28,9 @@ def test_widths_are_tiles_and_never_below_an_eighth():
     assert prune.widths(4, 8) == ()
 
 
-def test_candidates_lose_more_the_narrower_they_are(analysed):
-    _, facts, sensitivity = analysed
-    found = prune.candidates(facts, sensitivity, 8)
+def test_candidates_lose_more_the_narrower_they_are(analysed, images):
+    lifted, facts, sensitivity = analysed
+    found = prune.candidates(lifted, facts, sensitivity, images, 8, logits=True)
     for group in facts.groups:
         losses = [c.loss for c in found if c.choice.group == group.name]
         assert losses == sorted(losses)
@@ -38,7 +42,37 @@ def test_the_least_important_channels_go(analysed, image):
     pruned = prune.apply(lifted, image, facts, sensitivity, [Width("hidden", 32, 48)])
     kept = sorted(np.argsort(sensitivity.channel_scores("hidden"), kind="stable")[16:])
     assert torch.equal(pruned.hidden.weight, lifted.hidden.weight[kept])
-    assert torch.equal(pruned.classify.weight, lifted.classify.weight[:, kept])
+    readers = prune.repaired(lifted, facts, sensitivity, [Width("hidden", 32, 48)])
+    assert torch.equal(pruned.classify.weight, readers["classify"][:, kept])
+
+
+CUT = [Width("stem", 8, 16), Width("left", 4, 16), Width("point", 16, 32), Width("hidden", 24, 48)]
+
+
+def test_the_readers_weights_alone_stand_for_the_pruned_model(analysed, image):
+    """What the candidates' losses are measured on computes the same as what is built."""
+    lifted, facts, sensitivity = analysed
+    pruned = prune.apply(lifted, image, facts, sensitivity, CUT)
+    stand_in = copy.deepcopy(lifted)
+    for name, weight in prune.repaired(lifted, facts, sensitivity, CUT).items():
+        stand_in.get_submodule(name).weight.data = weight
+    assert torch.allclose(stand_in(*image), pruned(*image), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", CUT, ids=str)
+def test_the_kept_channels_make_up_for_the_lost_ones(analysed, images, width):
+    lifted, facts, sensitivity = analysed
+    alone = replace(sensitivity, moments={})
+    variants = [prune.repaired(lifted, facts, found, [width]) for found in (sensitivity, alone)]
+    repaired, plain = divergences(lifted, images, variants, logits=True)
+    assert 0 < repaired < plain
+
+
+def test_the_moments_after_are_those_of_the_pruned_models_inputs(analysed, image, images):
+    lifted, facts, sensitivity = analysed
+    pruned = prune.apply(lifted, image, facts, sensitivity, CUT[-1:])
+    found = moments(lift(pruned, image), analyse(pruned, image), images)
+    assert torch.allclose(found["classify"], prune.moments_after(facts, sensitivity, CUT[-1:])["classify"], atol=1e-6)
 
 
 def test_the_model_is_not_changed(analysed, image):

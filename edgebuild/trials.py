@@ -1,0 +1,121 @@
+"""Calibrates the estimated losses: a few random plans are tried on the model, and each technique gets one scale.
+
+The estimates are made one change at a time. What many changes do together is measured here, and the techniques' losses
+come out in one unit, so that a plan may weigh a pruned channel against a lower rank or a precision.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import exp, log
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from edgebuild.divergence import divergence, divergences
+from edgebuild.lift import outputs_of
+from edgebuild.sensitivity import Sensitivity
+from edgebuild.spec import Candidate, Cast, Form, ModelFacts, Technique, Trial, Width
+from edgebuild.transforms import factorize, prune
+
+TRIALS = 3
+LEAST = 1e-12  # nats; below it there is nothing but rounding
+MACS = 4e9  # of a sample of each trial, in all
+FEWEST_SAMPLES = 8
+
+
+def technique(candidate: Candidate) -> Technique:
+    """The technique that a candidate belongs to."""
+    kinds: dict[type, Technique] = {Width: "prune", Form: "factorize", Cast: "quantize"}
+    return kinds[type(candidate.choice)]
+
+
+def run(
+    model: fx.GraphModule,
+    facts: ModelFacts,
+    sensitivity: Sensitivity,
+    candidates: Sequence[Candidate],
+    samples: Sequence[tuple[Tensor, ...]],
+    quantized: Callable[[], nn.Module],
+    logits: bool,
+    seed: int,
+) -> tuple[Trial, ...]:
+    """Real KL divergences (nats) of random moderate plans, for each technique with candidates; the same for a seed.
+
+    Widths and forms are tried on many groups and layers at once, `quantized` makes the whole model in int8.
+    """
+    rng = np.random.default_rng(seed)
+    samples = samples[: max(FEWEST_SAMPLES, int(MACS / max(1, facts.macs)))]
+    widths = [draw(candidates, "prune", rng) for _ in range(TRIALS)]
+    forms = [draw(candidates, "factorize", rng) for _ in range(TRIALS)]
+    plans = [plan for plan in (*widths, *forms) if plan]
+    variants = [altered(model, facts, sensitivity, plan) for plan in plans]
+    real = divergences(model, samples, variants, logits)
+    found = [_trial(plan, kl) for plan, kl in zip(plans, real, strict=True)]
+    casts = [candidate for candidate in candidates if isinstance(candidate.choice, Cast)]
+    if casts:
+        found.append(_trial(casts, distance(model, quantized(), samples, logits)))
+    return tuple(found)
+
+
+def draw(candidates: Sequence[Candidate], kind: Technique, rng: np.random.Generator) -> list[Candidate]:
+    """A random plan of one technique: about two groups or layers of three change, each to one of its milder choices."""
+    places: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        if technique(candidate) == kind:
+            places.setdefault(place(candidate), []).append(candidate)
+    chosen = []
+    for found in places.values():
+        mildest = sorted(found, key=lambda candidate: candidate.loss)[: (len(found) + 1) // 2]
+        changes, which = rng.random() < 2 / 3, int(rng.integers(len(mildest)))
+        if changes:
+            chosen.append(mildest[which])
+    return chosen
+
+
+def place(candidate: Candidate) -> str:
+    """The group or layer that a candidate changes."""
+    choice = candidate.choice
+    return choice.group if isinstance(choice, Width) else choice.layer
+
+
+def altered(
+    model: fx.GraphModule, facts: ModelFacts, sensitivity: Sensitivity, plan: Sequence[Candidate]
+) -> Mapping[str, Tensor]:
+    """The weights with which the model computes what a plan of widths alone, or of forms alone, makes of it."""
+    widths = [candidate.choice for candidate in plan if isinstance(candidate.choice, Width)]
+    forms = [candidate.choice for candidate in plan if isinstance(candidate.choice, Form)]
+    return {
+        **prune.repaired(model, facts, sensitivity, widths),
+        **{form.layer: factorize.lowered(model, form, sensitivity.moments) for form in forms},
+    }
+
+
+def distance(model: nn.Module, other: nn.Module, samples: Sequence[tuple[Tensor, ...]], logits: bool) -> float:
+    """The KL divergence (nats) from a model to another, which takes samples of batch size 1."""
+    with torch.no_grad():
+        pairs = [(outputs_of(model(*sample)), outputs_of(other(*sample))) for sample in samples]
+    return sum(divergence(before, after, logits) for before, after in pairs) / len(pairs)
+
+
+def _trial(plan: Sequence[Candidate], real: float) -> Trial:
+    return Trial(technique(plan[0]), len(plan), sum(candidate.loss for candidate in plan), real)
+
+
+# -------------------------------------------------------------------------------------------------------- scales
+
+
+def scales(trials: Sequence[Trial]) -> dict[Technique, float]:
+    """Real loss for each estimated nat, by technique: the median over its trials, on a logarithmic scale."""
+    ratios: dict[Technique, list[float]] = {}
+    for trial in trials:
+        if trial.estimated > LEAST and trial.real > LEAST:
+            ratios.setdefault(trial.technique, []).append(log(trial.real / trial.estimated))
+    return {name: exp(median(found)) for name, found in ratios.items()}
+
+
+def rescaled(candidates: Sequence[Candidate], trials: Sequence[Trial]) -> tuple[Candidate, ...]:
+    """The candidates with every technique's losses in real nats; a technique without trials stays as it is."""
+    by = scales(trials)
+    return tuple(replace(c, loss=c.loss * by.get(technique(c), 1.0)) for c in candidates)
