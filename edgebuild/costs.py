@@ -40,7 +40,9 @@ def _resource(kind: BudgetKind, target: Target, threads: int) -> Resource:
     if kind == "size":
         return Resource(layer_size, FILE_BYTES)
     if kind == "peak_memory":  # the file, and the weights as the kernels pack them
-        return Resource(lambda layer, precision: 2 * layer_size(layer, precision), FILE_BYTES + RUNTIME_BYTES, live=True)
+        return Resource(
+            lambda layer, precision: 2 * layer_size(layer, precision), FILE_BYTES + RUNTIME_BYTES, live=True
+        )
     return Resource(lambda layer, precision: layer_latency(layer, precision, target, threads))
 
 

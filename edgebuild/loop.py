@@ -1,21 +1,22 @@
 """Plan, realise, measure, correct the cost model, again: until the measured artifact meets every budget."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import fx
 
-from edgebuild import costs, verify
+from edgebuild import trials, verify
 from edgebuild.backends import BACKENDS
 from edgebuild.clock import Clock
+from edgebuild.costs import Factors
 from edgebuild.devices import DEVICES, Arrays
 from edgebuild.errors import BackendError, DeviceError, TransformError
 from edgebuild.load import Loaded
 from edgebuild.plan import Choice
-from edgebuild.propose import Factors, Proposal, more_training, propose, reachable_now
+from edgebuild.propose import Planner, Proposal, more_training, proposal, propose, reachable, start
 from edgebuild.realise import Base, Built, realise
 from edgebuild.spec import (
     PER_TARGET,
@@ -25,24 +26,28 @@ from edgebuild.spec import (
     Measurement,
     Parity,
     Plan,
+    Prediction,
     Profile,
     Reachable,
     Round,
     Target,
+    Trial,
     Verdict,
 )
 
 HOST = Target(name="host", title="The machine that builds", device="host", status="measured")
 PARITY_SAMPLES = 32
 LARGEST_CORRECTION = 5.0
+MOST_DRAFTS = 12  # plans of one base; each was corrected by those before it
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A realised plan and all that was found of it."""
+    """A realised plan and all that was found of it. A `draft` was not trained, though its plan asks for it."""
 
     base: Base
     proposal: Proposal
+    draft: bool
     built: Built
     measurements: tuple[Measurement, ...]
     parity: tuple[Parity, ...]
@@ -61,10 +66,10 @@ class Attempt:
         return "met" if all(verdict.status == "pass" for verdict in self.verdicts) else "inconclusive"
 
     @property
-    def rank(self) -> tuple[int, float]:
-        """Better attempts rank lower: by outcome, then by how far the broken budgets are missed."""
+    def rank(self) -> tuple[bool, int, float]:
+        """Better attempts rank lower: drafts last, by outcome, then by how far the broken budgets are missed."""
         missed = sum(-(verdict.margin or 0.0) for verdict in self.failed)
-        return ["met", "inconclusive", "broken"].index(self.outcome), missed
+        return self.draft, ["met", "inconclusive", "broken"].index(self.outcome), missed
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,14 @@ class Original:
 
 @dataclass(frozen=True)
 class Found:
-    """What the loop ends with; `best` is None where no plan could be built."""
+    """What the loop ends with; `best` is None where no plan could be built. `planner` is the one of the last base."""
 
     best: Attempt | None
     rounds: tuple[Round, ...]
     reachable: tuple[Reachable, ...]
     infeasible: bool
     findings: tuple[Finding, ...]
+    planner: Planner
 
 
 def take_original(base: Base, loaded: Loaded, profile: Profile, targets: Sequence[Target], clock: Clock) -> Original:
@@ -107,84 +113,158 @@ def take_original(base: Base, loaded: Loaded, profile: Profile, targets: Sequenc
 
 
 def improve(
-    bases: Iterable[Base], original: Original, loaded: Loaded, profile: Profile, targets: Sequence[Target], clock: Clock
-) -> Found:
-    """Try plans, least harm first, until one meets every budget or nothing is left to try."""
-    attempts: list[Attempt] = []
-    rounds: list[Round] = []
-    findings: list[Finding] = []
-    reach: tuple[Reachable, ...] = ()
-    infeasible = False
-    for base in bases:
-        factors = _first_factors(base, original, profile, targets)
-        tried: list[Proposal] = []
-        infeasible = False
-        for _ in range(profile.rounds):
-            with clock.stage("plan", "planning"):
-                proposal = _next(base, profile, targets, factors, tried, attempts)
-            if proposal is None:
-                infeasible = not _only_accuracy_broke(attempts[-1:])
-                break
-            tried.append(proposal)
-            try:
-                attempt = _attempt(base, proposal, original, loaded, profile, targets, clock)
-            except (TransformError, BackendError) as error:
-                findings.append(Finding("skipped", f"round {len(rounds) + 1}", f"the plan could not be built: {error}"))
-                continue
-            attempts.append(attempt)
-            rounds.append(_round(len(rounds) + 1, attempt, factors))
-            clock.tell(f"round {len(rounds)}: {_in_words(attempt)}")
-            if attempt.outcome == "met":
-                return Found(
-                    attempt, tuple(rounds), reachable_now(base, profile, targets, factors), False, tuple(findings)
-                )
-            factors = _corrected(factors, attempt)
-            if clock.elapsed > profile.time:
-                findings.append(
-                    Finding("limit", "time", f"the profile's time, {profile.time}, was over after round {len(rounds)}")
-                )
-                break
-        reach = reachable_now(base, profile, targets, factors)
-        if clock.elapsed > profile.time:
-            break
-    best = min(attempts, key=lambda attempt: attempt.rank, default=None)
-    infeasible = infeasible and (best is None or best.outcome == "broken")
-    return Found(best, tuple(rounds), reach, infeasible, tuple(findings))
-
-
-# ------------------------------------------------------------------------------------------------------ a round
-
-
-def _next(
-    base: Base,
-    profile: Profile,
-    targets: Sequence[Target],
-    factors: Factors,
-    tried: Sequence[Proposal],
-    attempts: Sequence[Attempt],
-) -> Proposal | None:
-    if tried and attempts and attempts[-1].proposal is tried[-1] and _only_accuracy_broke(attempts[-1:]):
-        return more_training(tried[-1], profile)
-    return propose(base, profile, targets, factors, tried)
-
-
-def _only_accuracy_broke(last: Sequence[Attempt]) -> bool:
-    return bool(last) and bool(last[0].failed) and all(v.kind == "accuracy_drop" for v in last[0].failed)
-
-
-def _attempt(
-    base: Base,
-    proposal: Proposal,
+    bases: Iterable[Base],
     original: Original,
     loaded: Loaded,
     profile: Profile,
     targets: Sequence[Target],
     clock: Clock,
+    given: Plan | None = None,
+) -> Found:
+    """Try plans, least harm first, until one meets every budget, none can, or the profile's time is over.
+
+    With a `given` plan, it is built and no other. Each plan is lowered and measured before it is trained: training
+    changes neither size nor latency nor memory, and takes the time.
+    """
+    attempts: list[Attempt] = []
+    rounds: list[Round] = []
+    findings: list[Finding] = []
+    trail = _Trail(attempts, rounds, findings)
+    reach: tuple[Reachable, ...] = ()
+    planner: Planner | None = None
+    infeasible = False
+    for base in bases:
+        planner = Planner(base, profile, tuple(targets), {}, base.candidates)
+        planner = replace(planner, factors=_first_factors(planner, original))
+        planner, infeasible = _improve_base(planner, given, original, loaded, clock, trail)
+        if infeasible:
+            with clock.stage("plan", "no plan fits: looking for the nearest feasible values"):
+                reach, plans = reachable(planner)
+            reach = _proven(reach, plans, planner, original, loaded, clock, findings)
+        if given or clock.elapsed > profile.time or any(attempt.outcome == "met" for attempt in attempts):
+            break
+    assert planner is not None
+    best = min(attempts, key=lambda attempt: attempt.rank, default=None)
+    infeasible = infeasible and (best is None or best.outcome == "broken")
+    return Found(best, tuple(rounds), reach, infeasible, tuple(findings), planner)
+
+
+@dataclass(frozen=True)
+class _Trail:
+    """What was done so far, over all bases."""
+
+    attempts: list[Attempt]
+    rounds: list[Round]
+    findings: list[Finding]
+
+
+def _improve_base(
+    planner: Planner, given: Plan | None, original: Original, loaded: Loaded, clock: Clock, trail: _Trail
+) -> tuple[Planner, bool]:
+    """Rounds on one base; the planner as corrected, and whether it is proven that no plan of this base fits."""
+    profile = planner.profile
+    tried: list[Proposal] = []
+    proposed: Proposal | None = proposal(planner, given) if given else start(planner)
+    while proposed is not None:
+        tried.append(proposed)
+        try:
+            attempt = _attempt(planner, proposed, original, loaded, clock, draft=proposed.plan.distil)
+            planner = _note(planner, attempt, trail, clock)
+            if attempt.draft and not attempt.failed:
+                attempt = _attempt(planner, proposed, original, loaded, clock, draft=False)
+                planner = _note(planner, attempt, trail, clock)
+        except (TransformError, BackendError) as error:
+            where = f"round {len(trail.rounds) + 1}"
+            trail.findings.append(Finding("skipped", where, f"the plan could not be built: {error}"))
+            attempt = None
+        if given or (attempt and attempt.outcome == "met"):
+            return planner, False
+        if clock.elapsed > profile.time:
+            what = f"the profile's time, {profile.time}, was over after round {len(trail.rounds)}"
+            trail.findings.append(Finding("limit", "time", what))
+            return planner, False
+        if attempt and not attempt.draft and _only_accuracy_broke(attempt):
+            proposed = more_training(proposed, profile)
+            if proposed is None and not tried[-1].plan.distil_steps:
+                return planner, False
+            continue
+        if (
+            sum(not kept.draft for kept in trail.attempts if kept.base is planner.base) >= profile.rounds
+            or len(tried) > MOST_DRAFTS
+        ):
+            what = f"{len(tried)} plans were tried: the profile's rounds are over"
+            trail.findings.append(Finding("limit", "rounds", what))
+            return planner, False
+        with clock.stage("plan", "planning"):
+            proposed, solve = propose(planner, tried)
+        if proposed is None:
+            if solve.status != "infeasible":
+                what = f"the solver found no plan: {solve.status} after {solve.seconds:.1f} s"
+                trail.findings.append(Finding("limit", "plan", what))
+            return planner, solve.status == "infeasible"
+    return planner, False
+
+
+def _note(planner: Planner, attempt: Attempt, trail: _Trail, clock: Clock) -> Planner:
+    """Keep what an attempt found, and correct the planner by it."""
+    # a draft that breaks nothing is the same plan as the trained attempt that follows, and no round of its own
+    if not attempt.draft or attempt.failed:
+        trail.attempts.append(attempt)
+        trail.rounds.append(_round(len(trail.rounds) + 1, attempt, planner.factors))
+        clock.tell(f"round {len(trail.rounds)}: {_in_words(attempt)}")
+    return _corrected(planner, attempt)
+
+
+def _proven(
+    reach: tuple[Reachable, ...],
+    plans: Mapping[tuple[str, str], Proposal],
+    planner: Planner,
+    original: Original,
+    loaded: Loaded,
+    clock: Clock,
+    findings: list[Finding],
+) -> tuple[Reachable, ...]:
+    """The nearest feasible values as measured on the plans that reach them, built without training."""
+    rows = []
+    for row in reach:
+        plan = plans.get((row.kind, row.target))
+        if plan is None or row.nearest is None or row.nearest <= row.bound:
+            rows.append(row)
+            continue
+        try:
+            attempt = _attempt(planner, plan, original, loaded, clock, draft=True)
+        except (TransformError, BackendError) as error:
+            findings.append(Finding("skipped", "nearest feasible", f"the plan could not be built: {error}"))
+            rows.append(row)
+            continue
+        found = {(v.kind, v.target): v.value for v in attempt.verdicts}.get((row.kind, row.target))
+        if found is None:
+            rows.append(row)
+            continue
+        value = 1 / found if row.kind == "throughput" else found
+        rows.append(replace(row, nearest=max(value, row.nearest), measured=True))
+    return tuple(rows)
+
+
+# ------------------------------------------------------------------------------------------------------ a round
+
+
+def _only_accuracy_broke(last: Attempt) -> bool:
+    return bool(last.failed) and all(verdict.kind == "accuracy_drop" for verdict in last.failed)
+
+
+def _attempt(
+    planner: Planner, proposed: Proposal, original: Original, loaded: Loaded, clock: Clock, draft: bool
 ) -> Attempt:
-    plan, inputs = proposal.plan, loaded.task.example_inputs
-    with clock.stage("distil" if plan.distil else "lower", f"building: {', '.join(plan.techniques) or 'no technique'}"):
+    """Build a plan and hold it against the budgets; a draft is not trained, and neither scored nor compared."""
+    base, profile, targets = planner.base, planner.profile, planner.targets
+    plan, inputs = proposed.plan, loaded.task.example_inputs
+    if draft:
+        plan = replace(plan, distil=False, distil_steps=0)
+    words = f"{'drafting' if draft else 'building'}: {', '.join(plan.techniques) or 'no technique'}"
+    with clock.stage("distil" if plan.distil else "lower", words):
         built = realise(base, plan, loaded, profile, original.model, clock.training)
-    layers = proposal.choice.layers()
+    layers = proposed.choice.layers()
     samples = loaded.samples[: len(built.expected)]
     logits = loaded.task.outputs == "logits"
     least = verify.LEAST_SQNR_DB[plan.precision]
@@ -201,7 +281,7 @@ def _attempt(
                     device.load(artifact, target, profile.threads) as session,
                 ):
                     outputs[target.name] = verify.run(session, samples)
-                    if target.device == "host" and original.score is not None:
+                    if target.device == "host" and original.score is not None and not draft:
                         accuracy = verify.accuracy(
                             loaded.task.metric, original.score, verify.score(loaded, verify.predictor(session))
                         )
@@ -222,30 +302,33 @@ def _attempt(
                 parity.append(verify.parity(outputs[name], outputs["host"], name, "the host's outputs", least, logits))
     if any(not row.ok for row in parity):
         findings.append(_diverging(built, loaded, profile, inputs, least))
-    verdicts = _verdicts(profile, targets, proposal, built, measurements, accuracy)
+    verdicts = _verdicts(planner, proposed, built, measurements, accuracy, draft)
     findings += _estimates(measurements)
-    return Attempt(base, proposal, built, tuple(measurements), tuple(parity), accuracy, verdicts, tuple(findings))
+    return Attempt(
+        base, proposed, draft, built, tuple(measurements), tuple(parity), accuracy, verdicts, tuple(findings)
+    )
 
 
 def _verdicts(
-    profile: Profile,
-    targets: Sequence[Target],
-    proposal: Proposal,
+    planner: Planner,
+    proposed: Proposal,
     built: Built,
     measurements: Sequence[Measurement],
     accuracy: Accuracy | None,
+    draft: bool,
 ) -> tuple[Verdict, ...]:
     found = {(m.quantity, m.target): m for m in measurements}
     artifact = built.artifact
     found["size", ""] = Measurement("", "size", len(artifact.data), "counted")
     found["min_delegated", ""] = Measurement("", "min_delegated", artifact.share_delegated, "counted")
     verdicts = []
-    for budget in profile.budgets:
+    for budget in planner.profile.budgets:
         if budget.kind == "accuracy_drop":
-            verdicts.append(verify.accuracy_verdict(budget, accuracy, "the task has no evaluate()"))
+            reason = "a draft is not trained" if draft else "the task has no evaluate()"
+            verdicts.append(verify.accuracy_verdict(budget, accuracy, reason))
             continue
-        for name in [target.name for target in targets] if budget.kind in PER_TARGET else [""]:
-            predicted = proposal.predicted.get((budget.kind, name))
+        for name in [target.name for target in planner.targets] if budget.kind in PER_TARGET else [""]:
+            predicted = proposed.predicted.get((budget.kind, name))
             if predicted and budget.kind == "throughput":
                 predicted = 1 / predicted
             verdicts.append(verify.verdict(budget, name, predicted, found.get((budget.kind, name))))
@@ -280,29 +363,33 @@ def _diverging(built: Built, loaded: Loaded, profile: Profile, inputs: tuple, le
 # --------------------------------------------------------------------------------------------------- corrections
 
 
-def _first_factors(base: Base, original: Original, profile: Profile, targets: Sequence[Target]) -> Factors:
+def _first_factors(planner: Planner, original: Original) -> Factors:
     """What the original's measurements say of the cost model."""
-    if base.name != "model":
+    if planner.base.name != "model":
         return {}
-    whole = Choice(base.facts, "fp32")
+    whole = Choice(planner.base.facts, "fp32")
     found = {(m.quantity, m.target): m.value for m in original.measurements}
     factors: Factors = {}
-    for limit in costs.limits(profile, targets, {}):
+    for limit in planner.limits:
         if value := found.get((limit.kind, limit.target)):
-            factors[limit.kind, limit.target] = _factor(value, limit.cost(whole), limit.kind)
+            factors[limit.kind, limit.target] = _factor(value, limit.resource.of(whole), limit.kind)
     return factors
 
 
-def _corrected(factors: Factors, attempt: Attempt) -> Factors:
-    """The factors after an attempt: each prediction scaled to what was found."""
-    corrected = dict(factors)
+def _corrected(planner: Planner, attempt: Attempt) -> Planner:
+    """The planner after an attempt: costs scaled to what was found, losses to what an untrained plan really lost."""
+    factors = dict(planner.factors)
     for verdict in attempt.verdicts:
         key = (verdict.kind, verdict.target)
         predicted = attempt.proposal.predicted.get(key)
         if verdict.value and predicted:
-            raw = predicted / factors.get(key, 1.0)
-            corrected[key] = _factor(verdict.value, raw, verdict.kind)
-    return corrected
+            raw = predicted / planner.factors.get(key, 1.0)
+            factors[key] = _factor(verdict.value, raw, verdict.kind)
+    found = tuple(
+        Trial(technique, 1, attempt.proposal.loss.get(technique, 0.0), real)
+        for technique, real in attempt.built.losses.items()
+    )
+    return replace(planner, factors=factors, candidates=trials.rescaled(planner.candidates, found))
 
 
 def _factor(found: float, predicted: float, kind: str) -> float:
@@ -314,18 +401,37 @@ def _factor(found: float, predicted: float, kind: str) -> float:
 
 
 def _round(number: int, attempt: Attempt, factors: Factors) -> Round:
+    plan = attempt.proposal.plan
     return Round(
         number=number,
-        plan=attempt.proposal.plan,
+        plan=replace(plan, distil=False, distil_steps=0) if attempt.draft else plan,
+        draft=attempt.draft,
         artifact_sha256=attempt.built.sha256,
         size=len(attempt.built.artifact.data),
         verdicts=attempt.verdicts,
+        predictions=_predictions(attempt),
+        estimated_loss=attempt.proposal.total_loss,
+        loss=attempt.built.loss,
+        score=attempt.accuracy.artifact if attempt.accuracy else None,
         training=attempt.built.training,
+        solve=attempt.proposal.solve,
         corrections={
             f"{kind} {target}".strip(): round(factor, 4) for (kind, target), factor in sorted(factors.items())
         },
         met=attempt.outcome == "met",
     )
+
+
+def _predictions(attempt: Attempt) -> tuple[Prediction, ...]:
+    """What the cost model had said beside what was found, for every planned budget."""
+    rows = []
+    for verdict in attempt.verdicts:
+        if verdict.predicted and verdict.value and verdict.method:
+            error = verdict.predicted / verdict.value - 1
+            rows.append(
+                Prediction(verdict.kind, verdict.target, verdict.predicted, verdict.value, verdict.method, error)
+            )
+    return tuple(rows)
 
 
 def _in_words(attempt: Attempt) -> str:

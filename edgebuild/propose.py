@@ -244,7 +244,9 @@ def _why(planner: Planner, choice: Choice, loss: float, points: Space, limits: S
         if other.solve.status == "infeasible":
             why.append(f"{technique}: without it no plan fits")
         elif other.choice is not None and other.loss > loss:
-            why.append(f"{technique}: without it the plan is estimated to lose {other.loss:.3g} nats instead of {loss:.3g}")
+            why.append(
+                f"{technique}: without it the plan is estimated to lose {other.loss:.3g} nats instead of {loss:.3g}"
+            )
         else:
             why.append(f"{technique}: it makes room at an estimated loss of {loss:.3g} nats")
     if kept := sorted(choice.keep_fp32):

@@ -199,7 +199,7 @@ def _write(name: str, built: Built) -> None:
     tensors = {"artifact": np.frombuffer(built.artifact.data, dtype=np.uint8)}
     for s, sample in enumerate(built.expected):
         tensors |= {f"{s:04}.{i}": np.ascontiguousarray(y) for i, y in enumerate(sample)}
-    losses = {"total": built.loss, **built.losses}
+    losses: dict[str, float] = {"total": built.loss, **built.losses}
     about = {"facts": json.dumps(facts), "training": built.training, "losses": json.dumps(losses)}
     cache.write("built", name, save(tensors, about))
 
