@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 from edgebuild.errors import SpecError, UsageError
-from edgebuild.spec import Budget, Profile, Target
+from edgebuild.spec import Budget, Plan, Profile, Target
 from edgebuild.units import Bytes, Percent, Quantity, Seconds, Throughput, parse_drop
 
 _PACKAGE = Path(__file__).parent
@@ -76,6 +76,25 @@ def load_profile(name: str) -> Profile:
                 f"{target.cluster[0].count} cores of its {target.cluster[0].name!r} cluster"
             )
     return profile
+
+
+def load_plan(where: str) -> Plan:
+    """Read a plan, perhaps edited by hand. Raises UsageError where there is none, SpecError where it cannot be read."""
+    path = Path(where)
+    if not path.is_file():
+        raise UsageError(f"no plan at {where}", "write one with: edgebuild plan TASK --profile P --output plan.json")
+    try:
+        table = msgspec.json.decode(path.read_bytes())
+    except (msgspec.DecodeError, RecursionError, UnicodeError, OSError) as error:
+        raise SpecError(f"{path}: not JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise SpecError(f"{path}: a plan is a JSON object", "edgebuild plan writes one to start from")
+    plan: Plan = _decode(table, Plan, path)
+    if plan.schema_version != Plan.schema_version:
+        raise SpecError(
+            f"{path}: schema_version is {plan.schema_version}, and this edgebuild reads {Plan.schema_version}"
+        )
+    return plan
 
 
 def _budgets(table: Any, path: Path) -> tuple[Budget, ...]:

@@ -101,6 +101,9 @@ def build(
     student: Annotated[
         bool, typer.Option("--student", help="Compress the task's student in place of its model.")
     ] = False,
+    plan: Annotated[
+        str | None, typer.Option(help="Build by this plan.json, perhaps edited by hand, and by no other.")
+    ] = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Build even if nothing changed, and from scratch.")
     ] = False,
@@ -128,7 +131,10 @@ def build(
     bundle.check_writable(folder)
     targets = [catalog.load_target(target) for target in chosen.targets]
     depends = cache.key(
-        repr(chosen), repr(targets), repr((weights, calibration, student)), repr(sorted(environment.versions().items()))
+        repr(chosen),
+        repr(targets),
+        repr((weights, calibration, student, plan)),
+        repr(sorted(environment.versions().items())),
     )
     record = cache.key(str(folder.resolve()), str(Path(task).resolve()))
     console = Console()
@@ -141,7 +147,7 @@ def build(
     from edgebuild import pipeline, report
 
     tell = (lambda message, seconds: None) if quiet else _progress
-    request = pipeline.Request(task, profile, folder, weights, calibration, student, rebuild)
+    request = pipeline.Request(task, profile, folder, weights, calibration, student, rebuild, plan)
     made = pipeline.build(request, tell)
     text = report.to_json(made)
     report.terminal(report.from_json(text), console)
@@ -150,7 +156,7 @@ def build(
     code = _exit_code(made, inconclusive, targets[0].status != "unvalidated")
     if made.artifact:
         console.print(f"\nThe bundle is in {folder}", highlight=False, soft_wrap=True)
-        read = inputs.read_files(task) + [Path(extra).resolve() for extra in (weights, calibration) if extra]
+        read = inputs.read_files(task) + [Path(extra).resolve() for extra in (weights, calibration, plan) if extra]
         files = [path for path in read if path.is_file() and not path.is_relative_to(folder.resolve())]
         manifest = cache.key((folder / "manifest.json").read_bytes())
         inputs.record(record, files, depends, {"code": code, "summary": made.summary, "manifest": manifest})
@@ -199,6 +205,35 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
+@app.command()
+def plan(
+    task: TaskArgument,
+    profile: ProfileOption,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan here, for `edgebuild build --plan`.")
+    ] = None,
+    weights: WeightsOption = None,
+    calibration: CalibrationOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the plan.")] = False,
+) -> None:
+    """Print the plan that a build of TASK for a profile would start with, without building it.
+
+    Exit codes: 0 a plan was found, 2 bad usage or input, 3 no feasible plan, 4 something is missing.
+    """
+    from rich.console import Console
+
+    _hush()
+    from edgebuild import pipeline, preview
+
+    tell = (lambda message, seconds: None) if quiet else _progress
+    found = pipeline.plan(pipeline.Request(task, profile, Path("build"), weights, calibration), tell)
+    preview.show(found, Console())
+    if found.proposal is None:
+        raise typer.Exit(Infeasible.exit_code if found.solve and found.solve.status == "infeasible" else 1)
+    if output:
+        _write(output, pipeline.plan_json(found.proposal.plan).decode())
 
 
 @app.command()

@@ -33,16 +33,18 @@ def limits(profile: Profile, targets: Sequence[Target], factors: Factors) -> tup
 def limit(kind: BudgetKind, target: Target, bound: float, profile: Profile, factors: Factors) -> Limit:
     """A bound on what a kind of budget costs on a target; a throughput is bounded by its inverse, in seconds."""
     name = "" if kind == "size" else target.name
-    return Limit(kind, name, bound, _resource(kind, target, profile.threads), factors.get((kind, name), 1.0))
+    return Limit(kind, name, bound, resource(kind, target, profile.threads), factors.get((kind, name), 1.0))
 
 
-def _resource(kind: BudgetKind, target: Target, threads: int) -> Resource:
+def resource(kind: BudgetKind, target: Target | None, threads: int) -> Resource:
+    """What a kind of budget is counted in; every kind but "size" and "peak_memory" needs a target."""
     if kind == "size":
         return Resource(layer_size, FILE_BYTES)
     if kind == "peak_memory":  # the file, and the weights as the kernels pack them
         return Resource(
             lambda layer, precision: 2 * layer_size(layer, precision), FILE_BYTES + RUNTIME_BYTES, live=True
         )
+    assert target is not None
     return Resource(lambda layer, precision: layer_latency(layer, precision, target, threads))
 
 

@@ -1,7 +1,7 @@
 """Plan, realise, measure, correct the cost model, again: until the measured artifact meets every budget."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from edgebuild.devices import DEVICES, Arrays
 from edgebuild.errors import BackendError, DeviceError, TransformError
 from edgebuild.load import Loaded
 from edgebuild.plan import Choice
-from edgebuild.propose import Planner, Proposal, more_training, proposal, propose, reachable, start
+from edgebuild.propose import Planner, Proposal, more_training, natural, nearest, proposal, propose, reachable, start
 from edgebuild.realise import Base, Built, realise
 from edgebuild.spec import (
     PER_TARGET,
@@ -137,10 +137,10 @@ def improve(
         planner = Planner(base, profile, tuple(targets), {}, base.candidates)
         planner = replace(planner, factors=_first_factors(planner, original))
         planner, infeasible = _improve_base(planner, given, original, loaded, clock, trail)
+        with clock.stage("plan", "looking for what each budget could be"):
+            reach = reachable(planner)
         if infeasible:
-            with clock.stage("plan", "no plan fits: looking for the nearest feasible values"):
-                reach, plans = reachable(planner)
-            reach = _proven(reach, plans, planner, original, loaded, clock, findings)
+            reach = _nearest(reach, planner, original, loaded, clock, findings)
         if given or clock.elapsed > profile.time or any(attempt.outcome == "met" for attempt in attempts):
             break
     assert planner is not None
@@ -183,10 +183,8 @@ def _improve_base(
             what = f"the profile's time, {profile.time}, was over after round {len(trail.rounds)}"
             trail.findings.append(Finding("limit", "time", what))
             return planner, False
-        if attempt and not attempt.draft and _only_accuracy_broke(attempt):
+        if attempt and proposed.plan.distil and _only_accuracy_broke(attempt):
             proposed = more_training(proposed, profile)
-            if proposed is None and not tried[-1].plan.distil_steps:
-                return planner, False
             continue
         if (
             sum(not kept.draft for kept in trail.attempts if kept.base is planner.base) >= profile.rounds
@@ -197,6 +195,12 @@ def _improve_base(
             return planner, False
         with clock.stage("plan", "planning"):
             proposed, solve = propose(planner, tried)
+        if attempt and not attempt.draft and _only_accuracy_broke(attempt):
+            # it fits as it is: another plan is worth its time only where it is expected to lose less
+            if proposed is None or proposed.total_loss >= attempt.proposal.total_loss:
+                proposed = more_training(attempt.proposal, profile)
+            if proposed is None:
+                return planner, False
         if proposed is None:
             if solve.status != "infeasible":
                 what = f"the solver found no plan: {solve.status} after {solve.seconds:.1f} s"
@@ -215,34 +219,34 @@ def _note(planner: Planner, attempt: Attempt, trail: _Trail, clock: Clock) -> Pl
     return _corrected(planner, attempt)
 
 
-def _proven(
+def _nearest(
     reach: tuple[Reachable, ...],
-    plans: Mapping[tuple[str, str], Proposal],
     planner: Planner,
     original: Original,
     loaded: Loaded,
     clock: Clock,
     findings: list[Finding],
 ) -> tuple[Reachable, ...]:
-    """The nearest feasible values as measured on the plans that reach them, built without training."""
+    """For each broken budget the nearest feasible value, all others as asked: as measured on a plan that reaches it.
+
+    Such a plan is built without training, as training changes none of these figures.
+    """
     rows = []
-    for row in reach:
-        plan = plans.get((row.kind, row.target))
-        if plan is None or row.nearest is None or row.nearest <= row.bound:
+    for row, limit in zip(reach, planner.limits, strict=True):
+        with clock.stage("plan", f"looking for the nearest feasible {row.kind}"):
+            proposed = nearest(planner, limit)
+        if proposed is None or proposed.predicted[limit.kind, limit.target] <= limit.bound:
             rows.append(row)
             continue
+        value, measured = proposed.predicted[limit.kind, limit.target], False
         try:
-            attempt = _attempt(planner, plan, original, loaded, clock, draft=True)
+            attempt = _attempt(planner, proposed, original, loaded, clock, draft=True)
+            found = next(v.value for v in attempt.verdicts if (v.kind, v.target) == (row.kind, row.target))
+            if found:
+                value, measured = max(value, natural(row.kind, found)), True
         except (TransformError, BackendError) as error:
             findings.append(Finding("skipped", "nearest feasible", f"the plan could not be built: {error}"))
-            rows.append(row)
-            continue
-        found = {(v.kind, v.target): v.value for v in attempt.verdicts}.get((row.kind, row.target))
-        if found is None:
-            rows.append(row)
-            continue
-        value = 1 / found if row.kind == "throughput" else found
-        rows.append(replace(row, nearest=max(value, row.nearest), measured=True))
+        rows.append(replace(row, nearest=natural(row.kind, value), measured=measured))
     return tuple(rows)
 
 

@@ -16,9 +16,25 @@ from edgebuild.environment import machine, versions
 from edgebuild.lift import batch_is_free, lift
 from edgebuild.load import Loaded, load
 from edgebuild.loop import Found, Original, improve, take_original
-from edgebuild.plan import choice_of
+from edgebuild.plan import checked, choice_of
+from edgebuild.propose import Planner, Proposal, fits, frontier, natural, nearest, propose, reachable, start
 from edgebuild.realise import Base, prepare, train
-from edgebuild.spec import Finding, LayerFacts, LayerRow, Plan, Profile, Report, Target
+from edgebuild.space import Limit
+from edgebuild.spec import (
+    Cast,
+    Dropped,
+    Finding,
+    FrontierPoint,
+    LayerFacts,
+    LayerRow,
+    ModelFacts,
+    Plan,
+    Profile,
+    Reachable,
+    Report,
+    Solve,
+    Target,
+)
 
 BUNDLED_VECTORS = 8
 
@@ -37,6 +53,46 @@ class Request:
     calibration: str | None = None
     student: bool = False
     rebuild: bool = False
+    plan: str | None = None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `plan` found, without building anything. `proposal` is None where the solver has no plan."""
+
+    profile: Profile
+    facts: ModelFacts
+    fits_as_it_is: bool
+    proposal: Proposal | None
+    solve: Solve | None
+    dropped: tuple[Dropped, ...]
+    limits: tuple[Limit, ...]
+    reachable: tuple[Reachable, ...]
+
+
+def plan(request: Request, tell: Tell) -> Preview:
+    """The plan that a build would start with: the models' figures alone, as nothing is lowered or measured."""
+    clock = Clock(tell)
+    loaded, profile, targets, base, _ = _prepared(request, clock)
+    planner = Planner(base, profile, targets, {}, base.candidates)
+    proposed: Proposal | None = start(planner)
+    assert proposed is not None
+    fitting, solve = fits(planner, proposed), None
+    _, dropped = planner.space(planner.limits)
+    with clock.stage("plan", "planning"):
+        if not fitting:
+            proposed, solve = propose(planner, [])
+        reach = reachable(planner)
+        if proposed is None:
+            reach = tuple(_with_nearest(planner, row, limit) for row, limit in zip(reach, planner.limits, strict=True))
+    return Preview(profile, base.facts, fitting, proposed, solve, dropped, planner.limits, reach)
+
+
+def _with_nearest(planner: Planner, row: Reachable, limit: Limit) -> Reachable:
+    found = nearest(planner, limit)
+    if found is None or found.predicted[limit.kind, limit.target] <= limit.bound:
+        return row
+    return replace(row, nearest=natural(row.kind, found.predicted[limit.kind, limit.target]))
 
 
 def build(request: Request, tell: Tell) -> Report:
@@ -45,9 +101,27 @@ def build(request: Request, tell: Tell) -> Report:
     Where no plan is feasible nothing is written. Raises EdgebuildError with the exit code of its cause.
     """
     clock = Clock(tell)
+    bundle.check_writable(request.output)
+    given = catalog.load_plan(request.plan) if request.plan else None
+    loaded, profile, targets, base, findings = _prepared(request, clock)
+    if given and given.base == "model":
+        given = checked(base.facts, given)
+    original = take_original(base, loaded, profile, targets, clock)
+    bases = _bases(request, base, original, loaded, profile, clock, given)
+    found = improve(bases, original, loaded, profile, targets, clock, given)
+    with clock.stage("frontier", "looking along the trade-off curve"):
+        curve = frontier(found.planner, found.best.proposal if found.best else None)
+    made = _report(request, loaded, base, original, found, curve, findings, clock)
+    if made.artifact:
+        clock.tell(f"writing {request.output}")
+        bundle.write(request.output, _files(made, found, loaded))
+    return made
+
+
+def _prepared(request: Request, clock: Clock) -> tuple[Loaded, Profile, tuple[Target, ...], Base, tuple[Finding, ...]]:
+    """The task loaded and analysed, the devices ready."""
     with clock.stage("load", f"loading {request.task} for {request.profile}"):
         profile, targets = load_profile(request.profile)
-        bundle.check_writable(request.output)
         loaded = load(request.task, request.weights, request.calibration)
     with clock.stage("devices", f"making {', '.join(target.name for target in targets)} ready"):
         for target in targets:
@@ -58,13 +132,7 @@ def build(request: Request, tell: Tell) -> Report:
         model = lift(loaded.task.model, loaded.task.example_inputs)
         profile, findings = _usable(profile, loaded, model)
         base = prepare("model", model, loaded, profile, _digest(loaded), fresh=request.rebuild)
-    original = take_original(base, loaded, profile, targets, clock)
-    found = improve(_bases(request, base, original, loaded, profile, clock), original, loaded, profile, targets, clock)
-    made = _report(request, loaded, profile, targets, base, original, found, findings, clock)
-    if made.artifact:
-        clock.tell(f"writing {request.output}")
-        bundle.write(request.output, _files(made, found, loaded))
-    return made
+    return loaded, profile, targets, base, findings
 
 
 def load_profile(name: str) -> tuple[Profile, tuple[Target, ...]]:
@@ -91,10 +159,16 @@ def _usable(profile: Profile, loaded: Loaded, model: fx.GraphModule) -> tuple[Pr
 
 
 def _bases(
-    request: Request, model: Base, original: Original, loaded: Loaded, profile: Profile, clock: Clock
+    request: Request,
+    model: Base,
+    original: Original,
+    loaded: Loaded,
+    profile: Profile,
+    clock: Clock,
+    given: Plan | None,
 ) -> Iterator[Base]:
     """The models to compress, in order: the task's own, then its student once distilled (only if it comes to that)."""
-    if not request.student:
+    if not request.student and (given is None or given.base == "model"):
         yield model
     if loaded.task.student is None or "distil" not in profile.techniques:
         return
@@ -119,15 +193,15 @@ def _digest(loaded: Loaded) -> str:
 def _report(
     request: Request,
     loaded: Loaded,
-    profile: Profile,
-    targets: Sequence[Target],
     base: Base,
     original: Original,
     found: Found,
+    curve: tuple[FrontierPoint, ...],
     findings: Sequence[Finding],
     clock: Clock,
 ) -> Report:
-    best = found.best
+    best, planner = found.best, found.planner
+    profile, targets = planner.profile, planner.targets
     outcome: Any = "infeasible" if found.infeasible or best is None else best.outcome
     built = best is not None and outcome != "infeasible"
     shown = best if built else None
@@ -151,6 +225,9 @@ def _report(
         layers=_layers(shown.base, shown.proposal.plan, targets, profile.threads) if shown else (),
         rounds=found.rounds,
         reachable=found.reachable,
+        frontier=curve,
+        dropped=planner.space(planner.limits)[1],
+        trials=planner.base.trials,
         findings=tuple(findings),
         stages={name: round(seconds, 3) for name, seconds in clock.stages.items()},
         environment=_environment(loaded, profile, base),
@@ -162,14 +239,10 @@ def _summary(outcome: str, profile: Profile, found: Found) -> str:
     if outcome == "met":
         return f"every budget of {profile.name} is met"
     if outcome == "infeasible":
-        binding = [row for row in found.reachable if not row.feasible]
-        if not binding:
-            return "no plan meets all budgets together, though each alone can be met"
-        return "no plan is feasible: " + "; ".join(
-            f"{report.named(row.kind)}{f' on {row.target}' if row.target else ''} binds, "
-            f"{report.figure(row.kind, row.bound)} asked, nearest feasible {report.figure(row.kind, row.smallest)}"
-            for row in binding
-        )
+        rows = found.reachable
+        binding = [row for row in rows if not row.feasible] or [row for row in rows if row.nearest is not None]
+        what = ", ".join(f"{report.named(row.kind)}{f' on {row.target}' if row.target else ''}" for row in binding)
+        return f"no plan meets every budget; {what} binds" if what else "no plan meets all budgets together"
     verdicts = found.best.verdicts if found.best else ()
     wanted = "fail" if outcome == "broken" else "inconclusive"
     names = [f"{report.named(v.kind)}{f' on {v.target}' if v.target else ''}" for v in verdicts if v.status == wanted]
@@ -181,14 +254,15 @@ def _summary(outcome: str, profile: Profile, found: Found) -> str:
 def _layers(base: Base, plan: Plan, targets: Sequence[Target], threads: int) -> tuple[LayerRow, ...]:
     choice = choice_of(base.facts, plan)
     losses = {candidate.choice: candidate.loss for candidate in base.candidates}
+    casts = {c.choice.layer: c.loss for c in base.candidates if isinstance(c.choice, Cast)}
     widths = {name: width for width in plan.widths for name in base.facts.group(width.group).outputs}
     forms = {form.layer: form for form in plan.forms}
     realised: dict[str, list[LayerFacts]] = {}
-    for layer, _ in choice.layers():
-        name = (
-            layer.name if layer.name in {before.name for before in base.facts.layers} else layer.name.rpartition(".")[0]
-        )
-        realised.setdefault(name, []).append(layer)
+    names = {before.name for before in base.facts.layers}
+    for layer, _ in choice.layers():  # a factor and a conversion go by their layer's name and a suffix
+        name = layer.name if layer.name in names else layer.name.rpartition(".")[0]
+        if layer.op not in ("quantize", "dequantize"):
+            realised.setdefault(name, []).append(layer)
     rows = []
     for before in base.facts.layers:
         after = realised[before.name]
@@ -197,16 +271,18 @@ def _layers(base: Base, plan: Plan, targets: Sequence[Target], threads: int) -> 
         changes += [f"{form.kind} rank {' x '.join(map(str, form.ranks))}"] if form else []
         loss = losses.get(form, 0.0) if form else 0.0
         loss += losses.get(width, 0.0) if width and width.group == before.name else 0.0
+        precision = choice.precision_of(before.name)
+        loss += casts.get(before.name, 0.0) if precision == "int8" else 0.0
         rows.append(
             LayerRow(
                 name=before.name,
                 op=before.op,
                 change=", ".join(changes),
-                precision="fp32" if before.name in plan.keep_fp32 else plan.precision,
+                precision=precision,
                 parameters=(before.parameters, sum(layer.parameters for layer in after)),
                 macs=(before.macs, sum(layer.macs for layer in after)),
                 latency={
-                    target.name: sum(costs.layer_latency(layer, plan.precision, target, threads) for layer in after)
+                    target.name: sum(costs.layer_latency(layer, precision, target, threads) for layer in after)
                     for target in targets
                 },
                 loss=loss,
@@ -225,6 +301,11 @@ def _environment(loaded: Loaded, profile: Profile, base: Base) -> dict[str, str]
     }
 
 
+def plan_json(plan: Plan) -> bytes:
+    """A plan as a file to read, edit and build by."""
+    return msgspec.json.format(msgspec.json.encode(asdict(plan)), indent=2) + b"\n"
+
+
 def _files(made: Report, found: Found, loaded: Loaded) -> dict[str, bytes]:
     assert found.best is not None
     built, text = found.best.built, report.to_json(made)
@@ -232,7 +313,7 @@ def _files(made: Report, found: Found, loaded: Loaded) -> dict[str, bytes]:
     inputs = [verify.to_arrays(sample) for sample in loaded.samples[: len(expected)]]
     return {
         made.artifact: built.artifact.data,
-        "plan.json": msgspec.json.format(msgspec.json.encode(asdict(found.best.proposal.plan)), indent=2) + b"\n",
+        "plan.json": plan_json(found.best.proposal.plan),
         "report.json": text.encode(),
         "report.md": report.markdown(report.from_json(text)).encode(),
         "vectors.safetensors": bundle.vectors(inputs, expected),

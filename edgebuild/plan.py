@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache, cached_property
 
+from edgebuild.errors import SpecError
 from edgebuild.spec import (
     INT8_OPERATORS,
     MODEL_INPUT,
@@ -129,6 +131,69 @@ def to_plan(choice: Choice, **fields: object) -> Plan:
     forms = tuple(choice.forms[layer.name] for layer in choice.facts.layers if layer.name in choice.forms)
     kept = tuple(layer.name for layer in choice.facts.layers if layer.name in choice.keep_fp32)
     return Plan(widths=widths, forms=forms, precision=choice.precision, keep_fp32=kept, **fields)  # type: ignore[arg-type]
+
+
+def checked(facts: ModelFacts, plan: Plan) -> Plan:
+    """A plan written or edited by hand, with each width under its group's name. Raises SpecError with the layer's name.
+
+    A width may name any layer that makes the group's channels; all that name one group must agree.
+    """
+    group_of = {name: group for group in facts.groups for name in group.outputs if facts.layer(name).weighted}
+    weighted = {layer.name: layer for layer in facts.layers if layer.weighted}
+    widths: dict[str, tuple[str, Width]] = {}
+    for width in plan.widths:
+        _check_layer(width.group, weighted)
+        group = group_of.get(width.group)
+        if group is None:
+            reason = facts.unprunable.get(width.group, facts.unprunable.get("*", "it is in no channel group"))
+            raise SpecError(f"the plan cuts layer {width.group!r}, whose channels are fixed: {reason}")
+        if width.of != group.channels or not 0 < width.channels <= group.channels:
+            raise SpecError(
+                f"the plan keeps {width.channels} of {width.of} channels of layer {width.group!r}, "
+                f"which has {group.channels}"
+            )
+        first, before = widths.setdefault(group.name, (width.group, width))
+        if before.channels != width.channels:
+            raise SpecError(
+                f"the plan keeps {width.channels} channels of layer {width.group!r} and {before.channels} of "
+                f"{first!r}, whose channels are the same",
+                f"give the group of {', '.join(n for n in group.outputs if n in weighted)} one width",
+            )
+    choice = Choice(facts, plan.precision, {name: width.channels for name, (_, width) in widths.items()})
+    narrow = {layer.name: layer for layer, _ in choice.layers()}
+    for form in plan.forms:
+        _check_layer(form.layer, weighted)
+        layer = narrow[form.layer]
+        if layer.groups > 1 or (form.kind == "svd") != (layer.op == "linear" or layer.kernel == (1, 1)):
+            raise SpecError(
+                f"the plan factorizes layer {form.layer!r} by {form.kind}, which a {layer.op} {layer.kernel} cannot be"
+            )
+        bounds = rank_bounds(layer, form)
+        if len(form.ranks) != len(bounds) or not fits(layer, form):
+            raise SpecError(
+                f"the plan gives layer {form.layer!r} the ranks {form.ranks} for {form.kind}, at most {bounds} "
+                f"with {layer.in_channels} channels in and {layer.out_channels} out"
+            )
+    for name in plan.keep_fp32:
+        _check_layer(name, weighted)
+    for what, names in (("factorizes", [form.layer for form in plan.forms]), ("keeps in fp32", list(plan.keep_fp32))):
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise SpecError(f"the plan {what} layer {twice!r} twice")
+    if plan.distil and plan.distil_steps < 1:
+        raise SpecError("the plan distils for 0 steps", "give distil_steps, or set distil to false")
+    kept = tuple(
+        Width(name, width.channels, width.of) for name, (_, width) in widths.items() if width.channels < width.of
+    )
+    return replace(plan, widths=kept)
+
+
+def _check_layer(name: str, known: Mapping[str, LayerFacts]) -> None:
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        raise SpecError(
+            f"the plan names layer {name!r}, which the model does not have",
+            f"perhaps you meant {close[0]!r}" if close else "",
+        )
 
 
 def model_input(reader: LayerFacts) -> LayerFacts:

@@ -48,8 +48,8 @@ def solve(
     """The choice with the least estimated loss within every limit, to a relative gap; never one of `avoid`."""
     began = time.monotonic()
     program = _Program(space, limits)
-    for choice in avoid:
-        program.exclude(choice)
+    for tried in avoid:
+        program.exclude(tried)
     scale = LOSS_SCALE / max(program.largest_loss, 1e-12)
     result, seconds = program.minimize(
         {column: scale * loss for column, loss in program.losses.items()}, gap, time_limit
@@ -334,7 +334,7 @@ class _Program:
     # ------------------------------------------------------------------------------------------------------ limits
 
     def _limit(self, limit: Limit, cost: Row, fixed: float, is_goal: bool) -> None:
-        """factor * (fixed + cost + live at each step) <= bound, in shares of the bound so that rows are of one scale."""
+        """factor * (fixed + cost + live at each step) <= bound, in shares of the bound for rows of one scale."""
         scale = limit.factor / limit.bound
         total = int(self._free((1,))[0])  # one column for the long sum, since every step of the schedule needs it
         self.rows.append(({**{column: scale * amount for column, amount in cost.items()}, total: -1.0}, 0.0, 0.0))

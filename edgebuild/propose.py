@@ -116,7 +116,9 @@ def propose(planner: Planner, tried: Sequence[Proposal]) -> tuple[Proposal | Non
 def proposal(planner: Planner, plan: Plan, solve: Solve | None = None) -> Proposal:
     """A plan with what the models say of it."""
     choice = choice_of(planner.base.facts, plan)
-    predicted = {(limit.kind, limit.target): limit.predicted(choice) for limit in planner.limits}
+    predicted: dict[tuple[str, str], float] = {
+        (limit.kind, limit.target): limit.predicted(choice) for limit in planner.limits
+    }
     return Proposal(plan, choice, predicted, losses(planner.candidates, choice), solve)
 
 
@@ -152,24 +154,34 @@ def more_training(last: Proposal, profile: Profile) -> Proposal | None:
 # ---------------------------------------------------------------------------------------------------- infeasible
 
 
-def reachable(planner: Planner) -> tuple[tuple[Reachable, ...], dict[tuple[str, str], Proposal]]:
-    """For each planned budget the smallest value alone, and the nearest one with all others as asked.
-
-    With the plans that reach the nearest values.
-    """
+def reachable(planner: Planner) -> tuple[Reachable, ...]:
+    """For each planned budget the smallest value that any plan reaches, the other budgets left aside."""
     limits = planner.limits
     points, _ = planner.space(limits)
-    rows, plans = [], {}
+    rows = []
     for limit in limits:
         alone = program.least(points, [limit], limit, NEAREST_GAP)
-        together = program.least(points, limits, limit, NEAREST_GAP) if len(limits) > 1 else alone
         smallest = limit.predicted(alone.choice) if alone.choice else inf
-        nearest = limit.predicted(together.choice) if together.choice else None
-        if together.choice:
-            plan = to_plan(together.choice, base=planner.base.name, why=(f"the least {limit.kind}",))
-            plans[limit.kind, limit.target] = proposal(planner, plan, together.solve)
-        rows.append(Reachable(limit.kind, limit.target, limit.bound, smallest, smallest <= limit.bound, nearest))
-    return tuple(rows), plans
+        bound, best = natural(limit.kind, limit.bound), natural(limit.kind, smallest)
+        rows.append(Reachable(limit.kind, limit.target, bound, best, smallest <= limit.bound, None))
+    return tuple(rows)
+
+
+def nearest(planner: Planner, limit: Limit) -> Proposal | None:
+    """The plan with the least of a limit's cost that keeps all other budgets; None where they cannot be kept."""
+    limits = planner.limits
+    points, _ = planner.space(limits)
+    others = [other for other in limits if (other.kind, other.target) != (limit.kind, limit.target)]
+    found = program.least(points, [*others, limit], limit, NEAREST_GAP)
+    if found.choice is None:
+        return None
+    plan = to_plan(found.choice, base=planner.base.name, why=(f"the least {name(limit)}, every other budget as asked",))
+    return proposal(planner, plan, found.solve)
+
+
+def natural(kind: str, value: float) -> float:
+    """A limit's value in the budget's own unit: a throughput is limited by its inverse."""
+    return 1 / value if kind == "throughput" else value
 
 
 # -------------------------------------------------------------------------------------------------- the trade-off

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -142,7 +142,9 @@ def realise(
     return built
 
 
-def compress(base: Base, plan: Plan, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Technique, fx.GraphModule]]:
+def compress(
+    base: Base, plan: Plan, inputs: tuple[Tensor, ...]
+) -> Iterator[tuple[Literal["prune", "factorize"], fx.GraphModule]]:
     """The model once pruned, then once factorized as well; lifted again, so that the factors are layers of their own."""
     model = base.model
     if plan.widths:
@@ -199,8 +201,8 @@ def _write(name: str, built: Built) -> None:
     tensors = {"artifact": np.frombuffer(built.artifact.data, dtype=np.uint8)}
     for s, sample in enumerate(built.expected):
         tensors |= {f"{s:04}.{i}": np.ascontiguousarray(y) for i, y in enumerate(sample)}
-    losses: dict[str, float] = {"total": built.loss, **built.losses}
-    about = {"facts": json.dumps(facts), "training": built.training, "losses": json.dumps(losses)}
+    losses = json.dumps({"total": built.loss} | dict(built.losses))
+    about = {"facts": json.dumps(facts), "training": built.training, "losses": losses}
     cache.write("built", name, save(tensors, about))
 
 

@@ -35,7 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trials": BASE | {"lift", "divergence", "sensitivity", "transforms"},
     "backends": BASE | {"lift"},
     "devices": BASE | {"cache"},
-    "costs": BASE | {"cache", "plan", "devices"},
+    "space": BASE | {"plan"},
+    "program": BASE | {"plan", "space"},
+    "costs": BASE | {"cache", "plan", "space", "devices"},
     "verify": MODEL | {"load", "devices", "backends"},
     "realise": MODEL
     | {
@@ -53,12 +55,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
     "bundle": BASE | {"report"},
-    "propose": BASE | {"plan", "costs", "realise", "report"},
+    "propose": BASE | {"plan", "space", "program", "costs", "realise", "report"},
 }
 STAGES = set(MAY_IMPORT)
 MAY_IMPORT["loop"] = STAGES
 MAY_IMPORT["pipeline"] = STAGES | {"loop"}
-MAY_IMPORT["cli"] = STAGES | {"loop", "pipeline"}
+MAY_IMPORT["preview"] = STAGES | {"pipeline"}
+MAY_IMPORT["cli"] = STAGES | {"loop", "pipeline", "preview"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 FRAMEWORKS = {"torch", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}
@@ -73,6 +76,8 @@ LIGHT = {
     "inputs",
     "doctor",
     "plan",
+    "space",
+    "program",
     "costs",
     "devices",
     "report",

@@ -1,5 +1,6 @@
 """What a report says, section by section, made from its JSON; how it looks is `edgebuild.report.render`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgebuild.report.figures import (
@@ -16,6 +17,7 @@ from edgebuild.report.figures import (
     signed,
     subject,
 )
+from edgebuild.spec import LOWER_BOUNDS
 from edgebuild.units import Percent, Points
 
 HEADLINES = {
@@ -65,19 +67,38 @@ def _fit(report: Json) -> Section:
         for verdict in report["verdicts"]
     )
     columns = ("Budget", "Target", "Bound", "Predicted", "Found", "Margin", "Status", "Note")
-    lines = (f"{HEADLINES[report['outcome']]}.", *(_binding(report) if report["outcome"] == "infeasible" else ()))
+    lines = (
+        f"{HEADLINES[report['outcome']]}.",
+        *(binding(report["reachable"]) if report["outcome"] == "infeasible" else ()),
+    )
     return Section("Does it fit?", lines, (Table("", columns, rows),))
 
 
-def _binding(report: Json) -> tuple[str, ...]:
-    lines = tuple(
-        f"What binds: {subject(row)}, {bound(row)}; the nearest feasible value is {of(row, row['smallest'])}."
-        for row in report["reachable"]
-        if not row["feasible"]
+def binding(rows: Sequence[Json]) -> tuple[str, ...]:
+    """Two lines for the `reachable` rows of an infeasible build: what binds, and what would be feasible."""
+    if not rows:
+        return ()
+    alone = [row for row in rows if not row["feasible"]]
+    nearest = [row for row in rows if row["nearest"] is not None]
+    bound_by = alone or nearest or rows
+    asked = "; ".join(
+        f"{subject(row)}: {of(row, row['bound'])} asked" + ("" if row["feasible"] else f", {_least(row)}")
+        for row in bound_by
     )
-    if lines or not report["reachable"]:
-        return lines
-    return ("Each budget could be met alone, with the others left aside, but not all of them together.",)
+    together = "" if alone else " (each could be met alone, but not all of them together)"
+    if not nearest:
+        return (f"What binds: {asked}{together}.", "Nearest feasible: none by changing one budget alone.")
+    values = " or ".join(f"{subject(row)} {of(row, row['nearest'])} ({_how(row)})" for row in nearest)
+    return (f"What binds: {asked}{together}.", f"Nearest feasible: {values}, every other budget as asked.")
+
+
+def _least(row: Json) -> str:
+    word = "above" if row["kind"] in LOWER_BOUNDS else "below"
+    return f"no plan is {word} {of(row, row['smallest'])}"
+
+
+def _how(row: Json) -> str:
+    return "measured on a plan that was built for it" if row["measured"] else "predicted"
 
 
 def _cost(report: Json) -> Section:
@@ -221,13 +242,14 @@ def _total(layers: list[Json], target: str) -> float:
 def _trust(report: Json) -> Section:
     predictions = tuple(
         (
-            subject(verdict),
-            of(verdict, verdict["predicted"]),
-            found(verdict, report),
-            signed(verdict["predicted"] / verdict["value"] - 1 if verdict["value"] else None),
+            str(row["number"]),
+            subject({"kind": item["quantity"], "target": item["target"]}),
+            of({"kind": item["quantity"]}, item["predicted"]),
+            f"{of({'kind': item['quantity']}, item['found'])} ({item['method']})",
+            signed(item["error"]),
         )
-        for verdict in report["verdicts"]
-        if verdict["predicted"] is not None and verdict["value"] is not None
+        for row in report["rounds"]
+        for item in row["predictions"]
     )
     findings = tuple((item["kind"], item["where"], item["what"]) for item in report["findings"])
     measurements = tuple(
@@ -252,6 +274,7 @@ def _trust(report: Json) -> Section:
         lines.append("Findings: none.")
     tables = (
         Table("Prediction against what was found", _PREDICTIONS, predictions),
+        Table("Trials that the loss estimates were calibrated by", _TRIALS, tuple(map(_trial, report["trials"]))),
         Table("Outputs of the artifact against the original", _PARITY, tuple(map(_parity, report["parity"]))),
         Table("Findings", ("Kind", "Where", "What"), findings),
         Table("Versions, machine and seed", ("What", "Value"), tuple(report["environment"].items())),
@@ -260,7 +283,8 @@ def _trust(report: Json) -> Section:
     return Section("Can I believe it?", tuple(line for line in lines if line), tables)
 
 
-_PREDICTIONS = ("Budget", "Predicted", "Found", "Prediction off by")
+_PREDICTIONS = ("Round", "Budget", "Predicted", "Found", "Prediction off by")
+_TRIALS = ("Technique", "Changes", "Loss estimated (nats)", "Loss found (nats)")
 _MEASUREMENTS = ("Quantity", "Of", "Value", "How", "Error", "Runs", "Detail")
 _PARITY = (
     "Target",
@@ -298,22 +322,67 @@ def _delegation(report: Json) -> str:
     return f"{share} Fell back: {', '.join(fallen)}.".strip() if fallen else share
 
 
+def _trial(row: Json) -> tuple[str, ...]:
+    return row["technique"], str(row["changes"]), figure("", row["estimated"]), figure("", row["real"])
+
+
 def _reachable(report: Json) -> Section:
     rows = tuple(
         (subject(row), bound(row), of(row, row["smallest"]), "yes" if row["feasible"] else "no")
         for row in report["reachable"]
     )
     columns = ("Budget", "Bound", "Best that a plan reaches", "Feasible")
-    rounds = tuple(map(_round, report["rounds"]))
+    dropped = tuple((row["where"], row["candidate"], row["reason"]) for row in report["dropped"])
     tables = (
+        Table("The trade-off curve, by the planner", _frontier_columns(report), tuple(_frontier(report))),
         Table("Each budget with the others left aside, as predicted", columns, rows),
-        Table("Rounds", _ROUNDS, rounds),
+        Table("Rounds", _ROUNDS, tuple(map(_round, report["rounds"]))),
+        Table("The planner's programs", _SOLVES, tuple(_solve(row) for row in report["rounds"] if row["solve"])),
+        Table(f"Candidates that cannot pay: {len(dropped)}", ("Where", "Candidate", "Why"), dropped, detail=True),
     )
     lines = () if rows or report["rounds"] else ("Nothing else was looked at.",)
     return Section("What else was possible?", lines, tables)
 
 
-_ROUNDS = ("Round", "Techniques", "Size", "Found", "Training", "Corrections", "Met")
+def _frontier_columns(report: Json) -> tuple[str, ...]:
+    names = report["frontier"][0]["predicted"] if report["frontier"] else ()
+    return ("Along", *(name.capitalize() for name in names), "Loss estimate (nats)", "Accuracy", "")
+
+
+def _frontier(report: Json) -> list[tuple[str, ...]]:
+    """The planner's points, then the plans that were built."""
+    rows = [
+        (
+            point["axis"],
+            *(figure(name.partition(" ")[0], value) for name, value in point["predicted"].items()),
+            figure("", point["loss"]),
+            NONE,
+            "this plan" if point["chosen"] else "",
+        )
+        for point in report["frontier"]
+    ]
+    names = report["frontier"][0]["predicted"] if report["frontier"] else ()
+    for row in report["rounds"] if rows else ():
+        found = {subject({"kind": p["quantity"], "target": p["target"]}): p["found"] for p in row["predictions"]}
+        cells = [figure(name.partition(" ")[0], found.get(name)) for name in names]
+        score = NONE if row["score"] is None else f"{row['score']:.4g}"
+        state = f"built in round {row['number']}{', not trained' if row['draft'] else ''}"
+        rows.append(("", *cells, figure("", row["loss"]), score, state))
+    return rows
+
+
+_SOLVES = ("Round", "Status", "Solver", "Writing it down", "Gap", "Binaries", "Columns", "Rows", "Nodes")
+
+
+def _solve(row: Json) -> tuple[str, ...]:
+    solve = row["solve"]
+    times = (figure("latency", solve[key]) for key in ("seconds", "building"))
+    gap = NONE if solve["gap"] is None else str(Percent(solve["gap"]))
+    counts = (f"{solve[key]:,}" for key in ("binaries", "columns", "rows", "nodes"))
+    return (str(row["number"]), solve["status"], *times, gap, *counts)
+
+
+_ROUNDS = ("Round", "Techniques", "Size", "Found", "Loss estimated, found (nats)", "Training", "Corrections", "Met")
 
 
 def _round(row: Json) -> tuple[str, ...]:
@@ -336,7 +405,8 @@ def _round(row: Json) -> tuple[str, ...]:
         ", ".join(name for name, on in used.items() if on) or "none",
         figure("size", row["size"]),
         "; ".join(verdicts),
-        row["training"],
+        f"{figure('', row['estimated_loss'])}, {figure('', row['loss'])}",
+        "a draft, not trained" if row["draft"] else row["training"],
         "; ".join(corrections),
         "yes" if row["met"] else "no",
     )
