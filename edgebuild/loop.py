@@ -1,85 +1,21 @@
 """Plan, realise, measure, correct the cost model, again: until the measured artifact meets every budget."""
 
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from torch import fx
-
-from edgebuild import trials, verify
-from edgebuild.backends import BACKENDS
+from edgebuild import trials
+from edgebuild.attempt import Attempt, Original, carry_out
 from edgebuild.clock import Clock
 from edgebuild.costs import Factors
-from edgebuild.devices import DEVICES, Arrays
-from edgebuild.errors import BackendError, DeviceError, TransformError
+from edgebuild.errors import BackendError, TransformError
 from edgebuild.load import Loaded
 from edgebuild.plan import Choice
 from edgebuild.propose import Planner, Proposal, more_training, natural, nearest, proposal, propose, reachable, start
-from edgebuild.realise import Base, Built, realise
-from edgebuild.spec import (
-    PER_TARGET,
-    Accuracy,
-    Artifact,
-    Finding,
-    Measurement,
-    Parity,
-    Plan,
-    Prediction,
-    Profile,
-    Reachable,
-    Round,
-    Target,
-    Trial,
-    Verdict,
-)
+from edgebuild.realise import Base
+from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
 
-HOST = Target(name="host", title="The machine that builds", device="host", status="measured")
-PARITY_SAMPLES = 32
 LARGEST_CORRECTION = 5.0
 MOST_DRAFTS = 12  # plans of one base; each was corrected by those before it
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A realised plan and all that was found of it. A `draft` was not trained, though its plan asks for it."""
-
-    base: Base
-    proposal: Proposal
-    draft: bool
-    built: Built
-    measurements: tuple[Measurement, ...]
-    parity: tuple[Parity, ...]
-    accuracy: Accuracy | None
-    verdicts: tuple[Verdict, ...]
-    findings: tuple[Finding, ...]
-
-    @property
-    def failed(self) -> list[Verdict]:
-        return [verdict for verdict in self.verdicts if verdict.status == "fail"]
-
-    @property
-    def outcome(self) -> str:
-        if self.failed or not all(parity.ok for parity in self.parity):
-            return "broken"
-        return "met" if all(verdict.status == "pass" for verdict in self.verdicts) else "inconclusive"
-
-    @property
-    def rank(self) -> tuple[bool, int, float]:
-        """Better attempts rank lower: drafts last, by outcome, then by how far the broken budgets are missed."""
-        missed = sum(-(verdict.margin or 0.0) for verdict in self.failed)
-        return self.draft, ["met", "inconclusive", "broken"].index(self.outcome), missed
-
-
-@dataclass(frozen=True)
-class Original:
-    """The model as it came: lifted, its score, and its fp32 artifact with no technique applied."""
-
-    model: fx.GraphModule
-    score: tuple[float, int] | None
-    built: Built
-    measurements: tuple[Measurement, ...]
 
 
 @dataclass(frozen=True)
@@ -92,24 +28,6 @@ class Found:
     infeasible: bool
     findings: tuple[Finding, ...]
     planner: Planner
-
-
-def take_original(base: Base, loaded: Loaded, profile: Profile, targets: Sequence[Target], clock: Clock) -> Original:
-    """Score the model as it came, and lower and measure it in fp32: what everything else is held against."""
-    with clock.stage("evaluate", "scoring the original"):
-        score = verify.score(loaded, base.model) if loaded.task.evaluate is not None else None
-    with clock.stage("lower", "lowering the original in fp32"):
-        built = realise(base, Plan(precision="fp32"), loaded, profile, base.model, clock.training)
-    layers = tuple((layer, "fp32") for layer in base.facts.layers)
-    measurements: list[Measurement] = []
-    with artifact_file(built.artifact) as artifact, clock.stage("measure", "measuring the original"):
-        for target in _with_host(targets):
-            inputs = [verify.to_arrays(sample) for sample in loaded.samples[:PARITY_SAMPLES]]
-            try:
-                measurements += DEVICES[target.device].measure(artifact, target, profile.threads, inputs, layers)  # type: ignore[arg-type]
-            except DeviceError as error:
-                clock.tell(f"the original cannot be measured on {target.name}: {error}")
-    return Original(base.model, score, built, tuple(measurements))
 
 
 def improve(
@@ -167,16 +85,16 @@ def _improve_base(
     proposed: Proposal | None = proposal(planner, given) if given else start(planner)
     while proposed is not None:
         tried.append(proposed)
+        attempt: Attempt | None = None
         try:
-            attempt = _attempt(planner, proposed, original, loaded, clock, draft=proposed.plan.distil)
+            attempt = carry_out(planner, proposed, original, loaded, clock, draft=proposed.plan.distil)
             planner = _note(planner, attempt, trail, clock)
             if attempt.draft and not attempt.failed:
-                attempt = _attempt(planner, proposed, original, loaded, clock, draft=False)
+                attempt = carry_out(planner, proposed, original, loaded, clock, draft=False)
                 planner = _note(planner, attempt, trail, clock)
         except (TransformError, BackendError) as error:
             where = f"round {len(trail.rounds) + 1}"
             trail.findings.append(Finding("skipped", where, f"the plan could not be built: {error}"))
-            attempt = None
         if given or (attempt and attempt.outcome == "met"):
             return planner, False
         if clock.elapsed > profile.time:
@@ -216,7 +134,7 @@ def _note(planner: Planner, attempt: Attempt, trail: _Trail, clock: Clock) -> Pl
         trail.attempts.append(attempt)
         trail.rounds.append(_round(len(trail.rounds) + 1, attempt, planner.factors))
         clock.tell(f"round {len(trail.rounds)}: {_in_words(attempt)}")
-    return _corrected(planner, attempt)
+    return corrected(planner, attempt)
 
 
 def _nearest(
@@ -240,7 +158,7 @@ def _nearest(
             continue
         value, measured = proposed.predicted[limit.kind, limit.target], False
         try:
-            attempt = _attempt(planner, proposed, original, loaded, clock, draft=True)
+            attempt = carry_out(planner, proposed, original, loaded, clock, draft=True)
             found = next(v.value for v in attempt.verdicts if (v.kind, v.target) == (row.kind, row.target))
             if found:
                 value, measured = max(value, natural(row.kind, found)), True
@@ -255,113 +173,6 @@ def _nearest(
 
 def _only_accuracy_broke(last: Attempt) -> bool:
     return bool(last.failed) and all(verdict.kind == "accuracy_drop" for verdict in last.failed)
-
-
-def _attempt(
-    planner: Planner, proposed: Proposal, original: Original, loaded: Loaded, clock: Clock, draft: bool
-) -> Attempt:
-    """Build a plan and hold it against the budgets; a draft is not trained, and neither scored nor compared."""
-    base, profile, targets = planner.base, planner.profile, planner.targets
-    plan, inputs = proposed.plan, loaded.task.example_inputs
-    if draft:
-        plan = replace(plan, distil=False, distil_steps=0)
-    words = f"{'drafting' if draft else 'building'}: {', '.join(plan.techniques) or 'no technique'}"
-    with clock.stage("distil" if plan.distil else "lower", words):
-        built = realise(base, plan, loaded, profile, original.model, clock.training)
-    layers = proposed.choice.layers()
-    samples = loaded.samples[: len(built.expected)]
-    logits = loaded.task.outputs == "logits"
-    least = verify.LEAST_SQNR_DB[plan.precision]
-    measurements: list[Measurement] = []
-    parity: list[Parity] = []
-    findings = [Finding("fallback", "host", f"not delegated: {operator}") for operator in built.artifact.fallen_back]
-    accuracy, outputs = None, {}
-    with artifact_file(built.artifact) as artifact:
-        for target in _with_host(targets):
-            device = DEVICES[target.device]
-            try:
-                with (
-                    clock.stage("verify", f"comparing outputs on {target.name}"),
-                    device.load(artifact, target, profile.threads) as session,
-                ):
-                    outputs[target.name] = verify.run(session, samples)
-                    if target.device == "host" and original.score is not None and not draft:
-                        accuracy = verify.accuracy(
-                            loaded.task.metric, original.score, verify.score(loaded, verify.predictor(session))
-                        )
-                with clock.stage("measure", f"measuring on {target.name}"):
-                    arrays = [verify.to_arrays(sample) for sample in samples]
-                    measurements += device.measure(artifact, target, profile.threads, arrays, layers)
-            except DeviceError as error:
-                findings.append(Finding("skipped", target.name, f"the artifact could not be run: {error}"))
-                continue
-            parity.append(
-                verify.parity(outputs[target.name], built.expected, target.name, "eager, as lowered", least, logits)
-            )
-    if "host" in outputs:
-        original_outputs = verify.eager(original.model, samples)
-        parity.append(verify.parity(outputs["host"], original_outputs, "host", "the original model", -1e9, logits))
-        for name in outputs:
-            if name != "host":
-                parity.append(verify.parity(outputs[name], outputs["host"], name, "the host's outputs", least, logits))
-    if any(not row.ok for row in parity):
-        findings.append(_diverging(built, loaded, profile, inputs, least))
-    verdicts = _verdicts(planner, proposed, built, measurements, accuracy, draft)
-    findings += _estimates(measurements)
-    return Attempt(
-        base, proposed, draft, built, tuple(measurements), tuple(parity), accuracy, verdicts, tuple(findings)
-    )
-
-
-def _verdicts(
-    planner: Planner,
-    proposed: Proposal,
-    built: Built,
-    measurements: Sequence[Measurement],
-    accuracy: Accuracy | None,
-    draft: bool,
-) -> tuple[Verdict, ...]:
-    found = {(m.quantity, m.target): m for m in measurements}
-    artifact = built.artifact
-    found["size", ""] = Measurement("", "size", len(artifact.data), "counted")
-    found["min_delegated", ""] = Measurement("", "min_delegated", artifact.share_delegated, "counted")
-    verdicts = []
-    for budget in planner.profile.budgets:
-        if budget.kind == "accuracy_drop":
-            reason = "a draft is not trained" if draft else "the task has no evaluate()"
-            verdicts.append(verify.accuracy_verdict(budget, accuracy, reason))
-            continue
-        for name in [target.name for target in planner.targets] if budget.kind in PER_TARGET else [""]:
-            predicted = proposed.predicted.get((budget.kind, name))
-            if predicted and budget.kind == "throughput":
-                predicted = 1 / predicted
-            verdicts.append(verify.verdict(budget, name, predicted, found.get((budget.kind, name))))
-    return tuple(verdicts)
-
-
-def _estimates(measurements: Sequence[Measurement]) -> list[Finding]:
-    return [
-        Finding("estimated", m.target, f"{m.quantity} is an estimate (+-{m.error:.0%}), not a measurement: {m.detail}")
-        for m in measurements
-        if m.method == "estimated" and m.quantity == "latency"
-    ]
-
-
-def _diverging(built: Built, loaded: Loaded, profile: Profile, inputs: tuple, least: float) -> Finding:
-    """Name the first layer whose lowered outputs differ from eager's."""
-    if not isinstance(built.lowered, fx.GraphModule):
-        return Finding(
-            "note", "parity", "the artifact came from the cache; build with --rebuild to name the first diverging layer"
-        )
-    device = DEVICES["host"]
-
-    def outputs(artifact: Artifact, sample: tuple) -> Arrays:
-        with artifact_file(artifact) as file, device.load(file, HOST, 1) as session:
-            return session.run(verify.to_arrays(sample))
-
-    lower = BACKENDS[profile.artifact].lower
-    name = verify.first_divergence(built.lowered, inputs, loaded.samples[0], lower, outputs, least)
-    return Finding("note", "parity", f"the outputs differ from eager's, first after layer {name}")
 
 
 # --------------------------------------------------------------------------------------------------- corrections
@@ -380,7 +191,7 @@ def _first_factors(planner: Planner, original: Original) -> Factors:
     return factors
 
 
-def _corrected(planner: Planner, attempt: Attempt) -> Planner:
+def corrected(planner: Planner, attempt: Attempt) -> Planner:
     """The planner after an attempt: costs scaled to what was found, losses to what an untrained plan really lost."""
     factors = dict(planner.factors)
     for verdict in attempt.verdicts:
@@ -446,17 +257,3 @@ def _in_words(attempt: Attempt) -> str:
     return (
         f"breaks {', '.join(broken)}" if broken else f"undecided: {', '.join(undecided) or 'outputs differ from eager'}"
     )
-
-
-def _with_host(targets: Sequence[Target]) -> list[Target]:
-    """The host scores the artifact whatever the targets are: it runs the same kernels' library."""
-    return [HOST, *(target for target in targets if target.device != "host")]
-
-
-@contextmanager
-def artifact_file(artifact: Artifact) -> Iterator[Path]:
-    """The artifact as a file, for as long as the block lasts."""
-    with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
-        path = Path(folder) / f"model{artifact.suffix}"
-        path.write_bytes(artifact.data)
-        yield path

@@ -10,12 +10,13 @@ import torch
 from torch import fx
 
 from edgebuild import bundle, cache, catalog, costs, report, verify
+from edgebuild.attempt import Original, take_original
 from edgebuild.clock import Clock, Tell
 from edgebuild.devices import DEVICES
 from edgebuild.environment import machine, versions
 from edgebuild.lift import batch_is_free, lift
 from edgebuild.load import Loaded, load
-from edgebuild.loop import Found, Original, improve, take_original
+from edgebuild.loop import Found, improve
 from edgebuild.plan import checked, choice_of
 from edgebuild.propose import Planner, Proposal, fits, frontier, natural, nearest, propose, reachable, start
 from edgebuild.realise import Base, prepare, train

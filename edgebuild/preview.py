@@ -7,7 +7,6 @@ from edgebuild.pipeline import Preview
 from edgebuild.propose import Proposal, natural
 from edgebuild.report.content import binding
 from edgebuild.report.figures import figure, subject
-from edgebuild.spec import Width
 
 
 def show(found: Preview, console: Console) -> None:
@@ -48,11 +47,10 @@ def _changes(proposal: Proposal, console: Console) -> None:
         return
     table = Table("layer or group", "change", box=None)
     table.columns[0].overflow = "fold"
-    for change in (*plan.widths, *plan.forms):
-        if isinstance(change, Width):
-            table.add_row(change.group, f"{change.channels} of {change.of} channels")
-        else:
-            table.add_row(change.layer, f"{change.kind} at rank {' x '.join(map(str, change.ranks))}")
+    for width in plan.widths:
+        table.add_row(width.group, f"{width.channels} of {width.of} channels")
+    for form in plan.forms:
+        table.add_row(form.layer, f"{form.kind} at rank {' x '.join(map(str, form.ranks))}")
     for name in plan.keep_fp32:
         table.add_row(name, "fp32")
     console.print(table)

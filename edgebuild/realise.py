@@ -145,7 +145,7 @@ def realise(
 def compress(
     base: Base, plan: Plan, inputs: tuple[Tensor, ...]
 ) -> Iterator[tuple[Literal["prune", "factorize"], fx.GraphModule]]:
-    """The model once pruned, then once factorized as well; lifted again, so that the factors are layers of their own."""
+    """The model once pruned, then factorized as well; lifted again, so that the factors are layers of their own."""
     model = base.model
     if plan.widths:
         model = prune.apply(model, inputs, base.facts, base.sensitivity, plan.widths)

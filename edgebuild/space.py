@@ -19,8 +19,9 @@ from edgebuild.spec import (
 
 # A change must save this share of what its layers cost: less is within the error of any measurement.
 WORTHWHILE = 0.005
-# Layers whose int8 loses less than this share of all int8 losses are int8: the choice would not show.
-NOTICEABLE = 0.02
+# A layer is int8 without a choice where that loses less than this share of all int8 losses, or fewer nats than anyone
+# would see in the outputs.
+NOTICEABLE, NOTICEABLE_NATS = 0.02, 1e-4
 SLACK = 1e-6  # relative; rounding of sums must not make the choice that sets a bound break it
 
 
@@ -117,7 +118,7 @@ def make(
     options: dict[str, tuple[Option, ...]] = {}
     fixed_loss = 0.0
     casts = {c.choice.layer: c.loss for c in candidates if isinstance(c.choice, Cast)} if precision == "int8" else {}
-    noticeable = NOTICEABLE * sum(casts.values())
+    noticeable = max(NOTICEABLE_NATS, NOTICEABLE * sum(casts.values()))
     whole = Choice(facts, precision)
     costs = [limit.predicted(whole) for limit in limits]
     for layer in (layer for layer in facts.layers if layer.weighted):

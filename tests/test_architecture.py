@@ -58,10 +58,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "propose": BASE | {"plan", "space", "program", "costs", "realise", "report"},
 }
 STAGES = set(MAY_IMPORT)
-MAY_IMPORT["loop"] = STAGES
-MAY_IMPORT["pipeline"] = STAGES | {"loop"}
+MAY_IMPORT["attempt"] = STAGES
+MAY_IMPORT["loop"] = STAGES | {"attempt"}
+MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop"}
 MAY_IMPORT["preview"] = STAGES | {"pipeline"}
-MAY_IMPORT["cli"] = STAGES | {"loop", "pipeline", "preview"}
+MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "pipeline", "preview"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 FRAMEWORKS = {"torch", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}
