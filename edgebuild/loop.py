@@ -53,7 +53,7 @@ def improve(
     infeasible = False
     for base in bases:
         planner = Planner(base, profile, tuple(targets), {}, base.candidates)
-        planner = replace(planner, factors=_first_factors(planner, original))
+        planner = replace(planner, factors=first_factors(planner, original))
         planner, infeasible = _improve_base(planner, given, original, loaded, clock, trail)
         with clock.stage("plan", "looking for what each budget could be"):
             reach = reachable(planner)
@@ -178,7 +178,7 @@ def _only_accuracy_broke(last: Attempt) -> bool:
 # --------------------------------------------------------------------------------------------------- corrections
 
 
-def _first_factors(planner: Planner, original: Original) -> Factors:
+def first_factors(planner: Planner, original: Original) -> Factors:
     """What the original's measurements say of the cost model."""
     if planner.base.name != "model":
         return {}

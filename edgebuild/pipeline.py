@@ -132,7 +132,7 @@ def _prepared(request: Request, clock: Clock) -> tuple[Loaded, Profile, tuple[Ta
     with clock.stage("analyse", f"analysing {loaded.name}"):
         model = lift(loaded.task.model, loaded.task.example_inputs)
         profile, findings = _usable(profile, loaded, model)
-        base = prepare("model", model, loaded, profile, _digest(loaded), fresh=request.rebuild)
+        base = prepare("model", model, loaded, profile, inputs_digest(loaded), fresh=request.rebuild)
     return loaded, profile, targets, base, findings
 
 
@@ -178,11 +178,11 @@ def _bases(
     with clock.stage("distil", f"distilling the student, {profile.distillation.steps} steps"):
         trained, how = train(student, original.model, loaded, profile.distillation, profile.seed, clock.training)
     with clock.stage("analyse", "analysing the student"):
-        base = prepare("student", lift(trained, inputs), loaded, profile, _digest(loaded), fresh=request.rebuild)
+        base = prepare("student", lift(trained, inputs), loaded, profile, inputs_digest(loaded), fresh=request.rebuild)
     yield replace(base, training=f"student distilled: {how}")
 
 
-def _digest(loaded: Loaded) -> str:
+def inputs_digest(loaded: Loaded) -> str:
     """SHA-256 of the calibration inputs and of whatever else the task declares."""
     tensors = [x.contiguous().numpy().tobytes() for sample in loaded.samples for x in sample]
     return cache.key(loaded.sources, loaded.task.outputs, str(loaded.task.labelled), *tensors)
