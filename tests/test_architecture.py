@@ -38,18 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "costs": BASE | {"cache", "plan", "devices"},
     "verify": MODEL | {"load", "devices", "backends"},
     "realise": MODEL
-    | {
-        "environment",
-        "load",
-        "cache",
-        "analyse",
-        "rounding",
-        "sensitivity",
-        "transforms",
-        "backends",
-        "devices",
-        "verify",
-    },
+    | {"environment", "load", "cache", "analyse", "sensitivity", "transforms", "trials"}
+    | {"backends", "devices", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
     "bundle": BASE | {"report"},
