@@ -66,7 +66,7 @@ def test_calibrated_losses_calibrate_again_as_they_are_measured_again():
 
 def test_every_technique_is_tried_and_the_seed_decides(model, images, estimated):
     def run(seed):
-        return trials.run(model, *estimated, images, lambda: copy.deepcopy(model), True, seed)
+        return trials.run(model, *estimated, images, lambda few: copy.deepcopy(model), True, seed)
 
     found = run(0)
     assert {trial.technique for trial in found} == {"prune", "factorize", "quantize"}
@@ -75,7 +75,7 @@ def test_every_technique_is_tried_and_the_seed_decides(model, images, estimated)
 
 
 def test_the_estimates_are_near_what_trials_find(model, images, estimated):
-    found = trials.run(model, *estimated, images, lambda: copy.deepcopy(model), True, 0)
+    found = trials.run(model, *estimated, images, lambda few: copy.deepcopy(model), True, 0)
     for name, scale in trials.scales(found).items():
         assert 0.2 < scale < 5, name
 
@@ -115,5 +115,5 @@ def test_narrower_is_never_cheaper(estimated):
 def test_losses_do_not_hang_on_the_order_of_the_candidates(model, images, estimated):
     facts, sensitivity, candidates = estimated
     only = [replace(c) for c in candidates if isinstance(c.choice, Cast)]
-    (trial,) = trials.run(model, facts, sensitivity, only, images, lambda: copy.deepcopy(model), True, 0)
+    (trial,) = trials.run(model, facts, sensitivity, only, images, lambda few: copy.deepcopy(model), True, 0)
     assert trial.technique == "quantize" and trial.changes == len(only)
