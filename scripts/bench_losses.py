@@ -46,6 +46,7 @@ MIXES: tuple[tuple[Technique, ...], ...] = (
     ("prune", "factorize", "quantize"),
 )
 HELD_OUT = 64
+WORST = 0.03  # nats of one change; what no sensible plan holds would outweigh all the rest of a random one
 
 
 def main() -> None:
@@ -135,6 +136,8 @@ def draw(base: realise.Base, mix: Sequence[Technique], rng: np.random.Generator)
     """A random plan: how much of the model changes and how far it may go are drawn first, so that severities spread."""
     places: dict[tuple[Technique, str], list[Candidate]] = {}
     for candidate in base.candidates:
+        if candidate.loss > WORST:
+            continue
         places.setdefault((trials.technique(candidate), trials.place(candidate)), []).append(candidate)
     while True:
         share, depth = rng.uniform(0.2, 1.0), rng.uniform(0.2, 0.8)
