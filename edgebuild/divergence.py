@@ -50,6 +50,8 @@ def divergences(
     What lies before the first changed layer is computed once for all of them.
     """
     variants = list(variants)
+    if not variants:
+        return []
     runner = _Resumed(model)
     totals = [0.0] * len(variants)
     with torch.no_grad():

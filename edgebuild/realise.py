@@ -101,7 +101,7 @@ def prepare(
         found,
         candidates,
         samples,
-        lambda: quantize.apply(model, inputs, samples, quantizer()),
+        lambda few: quantize.apply(model, inputs, few, quantizer()),
         logits,
         profile.seed,
     )

@@ -37,13 +37,14 @@ def run(
     sensitivity: Sensitivity,
     candidates: Sequence[Candidate],
     samples: Sequence[tuple[Tensor, ...]],
-    quantized: Callable[[], nn.Module],
+    quantized: Callable[[Sequence[tuple[Tensor, ...]]], nn.Module],
     logits: bool,
     seed: int,
 ) -> tuple[Trial, ...]:
     """Real KL divergences (nats) of random moderate plans, for each technique with candidates; the same for a seed.
 
-    Widths and forms are tried on many groups and layers at once, `quantized` makes the whole model in int8.
+    Widths and forms are tried on many groups and layers at once, `quantized` makes the whole model in int8,
+    with the ranges of the samples that it is given.
     """
     rng = np.random.default_rng(seed)
     samples = samples[: max(FEWEST_SAMPLES, int(MACS / max(1, facts.macs)))]
@@ -55,7 +56,7 @@ def run(
     found = [_trial(plan, kl) for plan, kl in zip(plans, real, strict=True)]
     casts = [candidate for candidate in candidates if isinstance(candidate.choice, Cast)]
     if casts:
-        found.append(_trial(casts, distance(model, quantized(), samples, logits)))
+        found.append(_trial(casts, distance(model, quantized(samples), samples, logits)))
     return tuple(found)
 
 

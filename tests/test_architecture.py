@@ -40,18 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "costs": BASE | {"cache", "plan", "space", "devices"},
     "verify": MODEL | {"load", "devices", "backends"},
     "realise": MODEL
-    | {
-        "environment",
-        "load",
-        "cache",
-        "analyse",
-        "rounding",
-        "sensitivity",
-        "transforms",
-        "backends",
-        "devices",
-        "verify",
-    },
+    | {"environment", "load", "cache", "analyse", "sensitivity", "transforms", "trials"}
+    | {"backends", "devices", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
     "bundle": BASE | {"report"},

@@ -82,7 +82,7 @@ def probes(model: fx.GraphModule, facts: ModelFacts, moments: Mapping[str, Tenso
 
 @dataclass(frozen=True)
 class _Scaling:
-    """The square root of the second moments of a layer's inputs, and its inverse: in x in."""
+    """A square root S of the second moments of a layer's inputs (M = S S^T), and its inverse: in x in."""
 
     root: Tensor
     inverse: Tensor
@@ -94,9 +94,9 @@ def _scaling(weight: Tensor, moments: Tensor | None) -> _Scaling:
         one = torch.eye(weight.shape[1], dtype=weight.dtype)
         return _Scaling(one, one)
     ridge = RIDGE * moments.diagonal().mean().clamp(min=1e-12) * torch.eye(len(moments), dtype=moments.dtype)
-    values, vectors = torch.linalg.eigh(moments + ridge)
-    roots = values.clamp(min=1e-12).sqrt()
-    return _Scaling((vectors * roots @ vectors.T).to(weight.dtype), (vectors / roots @ vectors.T).to(weight.dtype))
+    root = torch.linalg.cholesky(moments + ridge)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=False)
+    return _Scaling(root.to(weight.dtype), inverse.to(weight.dtype))
 
 
 def _scaled(weight: Tensor, by: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _probe(weight: Tensor, scaling: _Scaling, chosen: Sequence[Form]) -> Probe:
     bases = {kind: _basis(weight, kind) for kind in {form.kind for form in chosen}}
 
     def probe(grad: Tensor) -> Tensor:
-        grad = _scaled(grad, scaling.inverse)
+        grad = _scaled(grad, scaling.inverse.T)
         whole = (grad * weight).sum()
         inside = {kind: _inside(grad, basis, kind) for kind, basis in bases.items()}
         return torch.stack([inside[form.kind][tuple(r - 1 for r in form.ranks)] - whole for form in chosen])
@@ -252,7 +252,7 @@ def _tucker2(
     assert isinstance(layer, nn.Conv2d)
     with tl.backend_context("pytorch"):
         (core, (out, into)), _ = partial_tucker(weight, rank=list(ranks), modes=[0, 1], init="svd", random_state=0)
-    into = scaling.inverse @ into
+    into = scaling.inverse.T @ into
     n, m, (r_out, r_in) = layer.in_channels, layer.out_channels, ranks
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     return [
