@@ -3,15 +3,12 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from edgebuild import footprint
 from edgebuild.devices import DEVICES
+from edgebuild.footprint import ArtifactKind
 from edgebuild.plan import Choice, Limit
 from edgebuild.spec import Budget, LayerFacts, Precision, Profile, Target
 
-# What an XNNPACK program needs beside its weights, read off .pte files of known models.
-FILE_BYTES = 8_000
-NODE_BYTES: dict[Precision, int] = {"fp32": 150, "int8": 810}  # int8 operators carry their quantization along
-# Resident memory of a loaded program that has no weights: the delegate's bookkeeping.
-RUNTIME_BYTES = 40_000
 PLANNED = ("size", "latency", "latency_p95", "latency_p99", "throughput", "peak_memory")
 
 
@@ -25,30 +22,31 @@ def limits(profile: Profile, targets: Sequence[Target], factors: dict[tuple[str,
             name = "" if budget.kind == "size" else target.name
             factor = factors.get((budget.kind, name), 1.0)
             bound = 1 / budget.bound if budget.kind == "throughput" else budget.bound
-            found.append(Limit(budget.kind, name, bound, _cost(budget, target, profile.threads), factor))
+            found.append(Limit(budget.kind, name, bound, _cost(budget, target, profile), factor))
     return tuple(found)
 
 
-def _cost(budget: Budget, target: Target, threads: int) -> Callable[[Choice], float]:
+def _cost(budget: Budget, target: Target, profile: Profile) -> Callable[[Choice], float]:
     if budget.kind == "size":
-        return size
+        return lambda choice: size(choice, profile.artifact)
     if budget.kind == "peak_memory":
-        return peak_memory
-    return lambda choice: latency(choice, target, threads)
+        return lambda choice: peak_memory(choice, profile.artifact)
+    return lambda choice: latency(choice, target, profile.threads)
 
 
-def size(choice: Choice) -> float:
-    """Bytes of the artifact: weights, biases, per-channel scales, a fixed share for each operator."""
-    return FILE_BYTES + sum(layer_size(layer, precision) for layer, precision in choice.layers())
+def size(choice: Choice, artifact: ArtifactKind = "pte") -> float:
+    """Bytes of the artifact: the empty file and the sum over the layers. A `.pte` takes a few hundred bytes less."""
+    return file_size(choice, artifact) + sum(layer_size(layer, q, artifact) for layer, q in choice.layers())
 
 
-@cache
-def layer_size(layer: LayerFacts, precision: Precision) -> float:
+def file_size(choice: Choice, artifact: ArtifactKind = "pte") -> float:
+    """Bytes of the artifact without layers; the same for all choices of a model."""
+    return footprint.file_bytes(any(layer.op == "conv2d" for layer in choice.facts.layers), artifact)
+
+
+def layer_size(layer: LayerFacts, precision: Precision, artifact: ArtifactKind = "pte") -> float:
     """Bytes that a layer adds to the artifact."""
-    if not layer.weighted:
-        return NODE_BYTES[precision]
-    width, scales = (1, 4 * layer.out_channels) if precision == "int8" else (4, 0)
-    return NODE_BYTES[precision] + width * layer.weights + scales + (4 * layer.out_channels if layer.bias else 0)
+    return footprint.layer_bytes(layer, precision, artifact)
 
 
 def latency(choice: Choice, target: Target, threads: int) -> float:

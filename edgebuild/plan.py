@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from edgebuild.spec import (
+    CLAMPS,
+    IN_PLACE,
     INT8_OPERATORS,
     MODEL_INPUT,
     PASSING_OPERATORS,
@@ -68,27 +70,45 @@ class Choice:
 
         Where precisions meet there is a `quantize` or `dequantize` of the tensor, once for all its readers.
         """
+        return tuple((step.layer, step.precision) for step in self.steps())
+
+    def steps(self) -> tuple["Step", ...]:
+        """`layers()` with the tensors that each reads and makes."""
         into, out = self._missing()
-        realised: list[tuple[LayerFacts, Precision]] = []
+        steps: list[Step] = []
         made: dict[tuple[str, Precision], LayerFacts] = {}  # the tensors there are, with the layer that makes them
+        at: dict[tuple[str, Precision], Tensor] = {}  # what they are called: a clamp in fp32 makes none of its own
         read: set[str] = set()
-        for layer in self.facts.layers:
+
+        def convert(source: str, precision: Precision, index: int) -> None:
+            tensor = made[source, OTHER[precision]]
+            border = _border(tensor, precision)
+            steps.append(Step(border, "int8", index, (at[source, OTHER[precision]],), (source, precision)))
+            made[source, precision], at[source, precision] = tensor, (source, precision)
+
+        for index, layer in enumerate(self.facts.layers):
             narrow = _narrow(layer, into.get(layer.name, 0), out.get(layer.name, 0))
             precision = self._precision(layer, made)
             for source in layer.sources:
-                tensor = made.get((source, OTHER[precision]))
-                if source == MODEL_INPUT and not tensor:
-                    tensor = made[source, "fp32"] = _input(narrow)
-                if tensor and (source, precision) not in made:
-                    realised.append((_border(tensor, precision), "int8"))
-                    made[source, precision] = tensor
+                if source == MODEL_INPUT and not made.keys() & {(source, "fp32"), (source, "int8")}:
+                    made[source, "fp32"], at[source, "fp32"] = _input(narrow), (source, "fp32")
+                if (source, precision) not in made and (source, OTHER[precision]) in made:
+                    convert(source, precision, index)
                 read.add(source)
-            form = self.forms.get(layer.name)
-            parts = _factors(narrow, form) if form else (narrow,)
-            realised += [(part, precision) for part in parts]
             made[layer.name, precision] = narrow
-        ends = [layer for layer in self.facts.layers if layer.name not in read and (layer.name, "int8") in made]
-        return (*realised, *((_border(made[layer.name, "int8"], "fp32"), "int8") for layer in ends))
+            tensors = tuple(at[source, precision] for source in layer.sources if (source, precision) in at)
+            if precision == "fp32" and layer.op in CLAMPS:
+                at[layer.name, precision] = tensors[0]
+                continue
+            form = self.forms.get(layer.name)
+            for part in _factors(narrow, form) if form else (narrow,):
+                steps.append(Step(part, precision, index, tensors, (part.name, precision)))
+                tensors = ((part.name, precision),)
+            at[layer.name, precision] = tensors[0]
+        for layer in self.facts.layers:
+            if layer.name not in read and (layer.name, "int8") in made:
+                convert(layer.name, "fp32", len(self.facts.layers) - 1)
+        return tuple(steps)
 
     def _precision(self, layer: LayerFacts, made: Mapping[tuple[str, Precision], LayerFacts]) -> Precision:
         """What a layer computes in; `made` holds the tensors before it."""
@@ -123,17 +143,42 @@ class Choice:
                     out[name] = out.get(name, 0) + lost * slot.each
         return into, out
 
-    def live_elements(self) -> float:
-        """Most activation elements alive at one step of the schedule."""
-        scaled = []
-        for tensor in self.facts.activations:
-            lost = sum(
-                each * (self.facts.group(name).channels - self.channels(self.facts.group(name)))
-                for name, each in tensor.groups.items()
-            )
-            scaled.append((tensor.born, tensor.dies, tensor.elements * (1 - lost / max(tensor.channels, 1))))
-        steps = sorted({born for born, _, _ in scaled})
-        return max((sum(size for born, dies, size in scaled if born <= step <= dies) for step in steps), default=0.0)
+    def live_bytes(self) -> tuple[int, ...]:
+        """Bytes of the activations alive at each layer of `facts.layers`, conversions and factors included.
+
+        The model's inputs stay to the end: they are the caller's. An operator that may, and whose input nobody else
+        reads, writes its output over it.
+        """
+        steps = self.steps()
+        dies = {tensor: i for i, step in enumerate(steps) for tensor in step.reads}
+        size = {step.makes: _bytes(step.layer, step.makes[1]) for step in steps}
+        alive: dict[Tensor, int] = {}
+        most = [0] * len(self.facts.layers)
+        inputs = 0
+        for i, step in enumerate(steps):
+            if any(tensor[0] == MODEL_INPUT and tensor not in size for tensor in step.reads) and not inputs:
+                inputs = 4 * step.layer.in_elements
+            mine, before = size[step.makes], step.reads[:1]
+            if step.layer.op in IN_PLACE and before and dies[before[0]] == i and alive.get(before[0]) == mine:
+                del alive[before[0]]
+            alive[step.makes] = mine
+            most[step.index] = max(most[step.index], inputs + sum(alive.values()))
+            alive = {tensor: bytes_ for tensor, bytes_ in alive.items() if dies.get(tensor, len(steps)) > i}
+        return tuple(most)
+
+
+Tensor = tuple[str, Precision]  # by the layer that makes it; one that is converted is two
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operator as it is lowered, for the layer with this index in `facts.layers`."""
+
+    layer: LayerFacts
+    precision: Precision
+    index: int
+    reads: tuple[Tensor, ...]
+    makes: Tensor
 
 
 def choice_of(facts: ModelFacts, plan: Plan) -> Choice:
@@ -292,6 +337,10 @@ def _border(tensor: LayerFacts, precision: Precision) -> LayerFacts:
         f"{tensor.name}.{op}", op, channels, channels, in_elements=elements, out_elements=elements, in_shape=shape,
         out_shape=shape, sources=(tensor.name,),
     )  # fmt: skip
+
+
+def _bytes(layer: LayerFacts, precision: Precision) -> int:
+    return layer.out_elements * (1 if precision == "int8" else 4)
 
 
 @cache

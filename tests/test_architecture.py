@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transforms": BASE | {"lift", "analyse", "sensitivity"},
     "backends": BASE | {"lift"},
     "devices": BASE | {"cache"},
-    "costs": BASE | {"cache", "plan", "devices"},
+    "footprint": BASE,
+    "costs": BASE | {"cache", "plan", "devices", "footprint"},
     "verify": MODEL | {"load", "devices", "backends"},
     "realise": MODEL
     | {"environment", "load", "cache", "analyse", "sensitivity", "transforms", "backends", "devices", "verify"},
@@ -60,6 +61,7 @@ LIGHT = {
     "doctor",
     "plan",
     "costs",
+    "footprint",
     "devices",
     "report",
     "bundle",

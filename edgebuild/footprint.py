@@ -1,0 +1,92 @@
+"""The bytes that a layer adds to an artifact, as the artifact's serializer lays them out.
+
+A `.pte` holds each constant (weights, bias, scales) in a segment of its own, which starts at a multiple of SEGMENT, and
+describes constants, tensors and operators in two flatbuffers: the program's and the delegate's. What is said of an
+operator takes so many bytes whatever its widths are. `scripts/fit_size_model.py` reads these off lowered programs and
+prints them beside the ones here.
+
+Everything is additive: `file_bytes` and the sum of `layer_bytes` over `Choice.layers()`.
+"""
+
+from functools import cache
+from typing import Literal
+
+from edgebuild.spec import LayerFacts, Precision
+
+ArtifactKind = Literal["pte", "torchscript"]
+
+SEGMENT = 128  # where segments may start (executorch's segment_alignment)
+
+# What a `.pte` takes beside its layers: the program, the first of each kind of table, the delegate's header; the most
+# that rounding both flatbuffers up to SEGMENT can add. With convolutions there are two transposes to channels-last and
+# back, and their tables.
+_PTE_FILE = 1_520 + 2 * (SEGMENT - 1)
+_PTE_IMAGES = 430
+
+# Flatbuffer bytes of an operator without weights, with its output: the node and the tensor. An int8 tensor carries its
+# scale and zero point. hardsigmoid is lowered as add, two clamps and a division between two transposes, with constants
+# in the program; silu as sigmoid and mul.
+_UNARY, _BINARY, _QUANTIZED = 92, 96, 28
+_OPERATORS: dict[str, int] = {
+    "add": _BINARY + 12,  # ends in a clamp, as residual sums mostly do
+    "sub": _BINARY,
+    "mul": _BINARY,
+    "truediv": _BINARY,
+    "cat": 112,
+    "silu": _UNARY + _BINARY,
+    "hardsigmoid": 1_164,
+    "adaptive_avg_pool2d": 96,
+    "mean": 96,
+    "max_pool2d": 148,
+    "avg_pool2d": 148,
+}
+_BINARIES = frozenset({"add", "sub", "mul", "truediv"})
+_CONSTANT_INPUT = 200  # a constant in the place of a binary operator's second input
+
+# Of an operator with weights and a bias that ends in a clamp: fp32 has two constants, int8 four, since the weights and
+# the bias bring their scales. In fp32 a convolution's batch norm leaves a value in the program. A convolution's padding
+# is said side by side, where there is one.
+_WEIGHTED: dict[str, dict[Precision, int]] = {
+    "conv2d": {"fp32": 740, "int8": 1_252},
+    "depthwise": {"fp32": 740, "int8": 1_256},
+    "linear": {"fp32": 644, "int8": 1_200},
+}
+_NO_BIAS: dict[Precision, int] = {"fp32": 268, "int8": 532}
+_PADDED_SIDE = 4
+
+# A TorchScript archive: its code, and what each operator adds to code and constants.
+_SCRIPT_FILE = 4_000
+_SCRIPT_OPERATOR = 300
+_SCRIPT_WEIGHTED: dict[Precision, int] = {"fp32": 500, "int8": 1_500}
+
+
+def file_bytes(images: bool, kind: ArtifactKind = "pte") -> int:
+    """Bytes of an artifact without layers, the most that padding can make of them; `images` if it has convolutions."""
+    return _PTE_FILE + (_PTE_IMAGES if images else 0) if kind == "pte" else _SCRIPT_FILE
+
+
+@cache
+def layer_bytes(layer: LayerFacts, precision: Precision, kind: ArtifactKind = "pte") -> int:
+    """Bytes that a layer adds to an artifact."""
+    stored = constants(layer, precision) if layer.weighted else ()
+    if kind == "torchscript":
+        return (_SCRIPT_WEIGHTED[precision] if layer.weighted else _SCRIPT_OPERATOR) + sum(stored)
+    if not layer.weighted:
+        said = _OPERATORS.get(layer.op, _UNARY)
+        said += _CONSTANT_INPUT if layer.op in _BINARIES and len(layer.sources) == 1 else 0
+        return said + (_QUANTIZED if precision == "int8" and layer.op != "dequantize" else 0)
+    said = _WEIGHTED["depthwise" if layer.depthwise else layer.op][precision]
+    said += sum(2 * _PADDED_SIDE for size in layer.kernel if size > 1) - (0 if layer.bias else _NO_BIAS[precision])
+    return said + sum(_padded(size, SEGMENT) for size in stored)
+
+
+def constants(layer: LayerFacts, precision: Precision) -> tuple[int, ...]:
+    """Bytes of each constant of a layer with weights: weights and bias, and in int8 a scale for each channel of both."""
+    channels = 4 * layer.out_channels
+    if precision == "fp32":
+        return (4 * layer.weights, channels) if layer.bias else (4 * layer.weights,)
+    return (layer.weights, channels, channels, channels) if layer.bias else (layer.weights, channels)
+
+
+def _padded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
