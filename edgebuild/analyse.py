@@ -68,7 +68,8 @@ def _tensor_inputs(node: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) -> 
 
 def _layers(model: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]) -> list[LayerFacts]:
     """The layers in execution order, each with the layers that it reads; a folded operator is part of its source."""
-    layers, made = [], {}
+    layers: list[LayerFacts] = []
+    made: dict[fx.Node, str] = {}
     for node in model.graph.nodes:
         sources = [made[source] for source in _tensor_inputs(node, shapes) if source in made]
         facts = _layer_facts(node, model, shapes)
@@ -112,7 +113,7 @@ def _layer_facts(node: fx.Node, model: fx.GraphModule, shapes: dict[fx.Node, tup
             kernel=tuple(module.kernel_size),
             stride=tuple(module.stride),
             positions=prod(out[2:]),
-            bias=True,  # with the batch norm folded in, every convolution has one
+            bias=module.bias is not None or _normed(node, model),
         )
     if isinstance(module, nn.Linear):
         return replace(
@@ -123,6 +124,12 @@ def _layer_facts(node: fx.Node, model: fx.GraphModule, shapes: dict[fx.Node, tup
             bias=module.bias is not None,
         )
     return facts
+
+
+def _normed(node: fx.Node, model: fx.GraphModule) -> bool:
+    """Whether a batch norm follows, which brings a bias where it is folded in."""
+    users = [user for user in node.users if user.op == "call_module"]
+    return any(isinstance(model.get_submodule(str(user.target)), nn.BatchNorm2d) for user in users)
 
 
 def _folded(node: fx.Node, model: fx.GraphModule) -> bool:

@@ -60,11 +60,23 @@ def layer_latency(layer: LayerFacts, precision: Precision, target: Target, threa
     return DEVICES[target.device].layer_latency(layer, precision, target, threads)
 
 
-def peak_memory(choice: Choice) -> float:
-    """Bytes at the worst moment: the file, the weights as the kernels pack them, the live activations."""
-    element = 1 if choice.precision == "int8" else 4
-    weights = sum(layer_size(layer, precision) for layer, precision in choice.layers())
-    return RUNTIME_BYTES + size(choice) + weights + element * choice.live_elements()
+def peak_memory(choice: Choice, artifact: ArtifactKind = "pte") -> float:
+    """Bytes at the worst moment, above an empty runtime."""
+    return max(memory(choice, artifact))
+
+
+def memory(choice: Choice, artifact: ArtifactKind = "pte") -> tuple[float, ...]:
+    """Bytes in memory while loading, then while each layer of `choice.facts.layers` runs.
+
+    Loading holds the file and what is made of it, running what is kept, the convolutions' pointers and the activations
+    of that step. Each is a sum over the layers.
+    """
+    layers, live = choice.layers(), choice.live_bytes()
+    kept = footprint.EMPTY_PROGRAM + choice.outer_bytes() + sum(footprint.kept_bytes(*layer) for layer in layers)
+    loading = footprint.EMPTY_LOADING + file_size(choice, artifact)
+    loading += sum(footprint.loading_bytes(layer, precision, artifact) for layer, precision in layers)
+    running = sum(footprint.pointer_bytes(layer) for layer, _ in layers)
+    return (kept + loading, *(kept + running + bytes_ for bytes_ in live))
 
 
 def warm_up(targets: Sequence[Target], threads: int) -> None:

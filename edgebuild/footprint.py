@@ -1,4 +1,4 @@
-"""The bytes that a layer adds to an artifact, as the artifact's serializer lays them out.
+"""The bytes that a layer adds to an artifact, as its serializer lays them out, and to memory, as XNNPACK packs them.
 
 A `.pte` holds each constant (weights, bias, scales) in a segment of its own, which starts at a multiple of SEGMENT, and
 describes constants, tensors and operators in two flatbuffers: the program's and the delegate's. What is said of an
@@ -6,9 +6,14 @@ operator takes so many bytes whatever its widths are. `scripts/fit_size_model.py
 prints them beside the ones here.
 
 Everything is additive: `file_bytes` and the sum of `layer_bytes` over `Choice.layers()`.
+
+In memory a loaded program keeps its weights in the micro-kernels' layout (`kept_bytes`). While loading, the file is
+there as well (`loading_bytes`); while running, the pointers that convolutions read their input through
+(`pointer_bytes`) and the activations. The constants are fitted to heaps counted on the simulated Cortex-A72.
 """
 
 from functools import cache
+from math import prod
 from typing import Literal
 
 from edgebuild.spec import LayerFacts, Precision
@@ -54,10 +59,11 @@ _WEIGHTED: dict[str, dict[Precision, int]] = {
 _NO_BIAS: dict[Precision, int] = {"fp32": 268, "int8": 532}
 _PADDED_SIDE = 4
 
-# A TorchScript archive: its code, and what each operator adds to code and constants.
+# A TorchScript archive: its code, and what each operator adds to code and constants. Its int8 weights have float64
+# scales and int64 zero points, fp32 biases: 8 bytes a channel more than those of a `.pte`.
 _SCRIPT_FILE = 4_000
-_SCRIPT_OPERATOR = 300
-_SCRIPT_WEIGHTED: dict[Precision, int] = {"fp32": 500, "int8": 1_500}
+_SCRIPT_OPERATOR = 100
+_SCRIPT_WEIGHTED: dict[Precision, int] = {"fp32": 550, "int8": 1_450}
 
 
 def file_bytes(images: bool, kind: ArtifactKind = "pte") -> int:
@@ -70,7 +76,8 @@ def layer_bytes(layer: LayerFacts, precision: Precision, kind: ArtifactKind = "p
     """Bytes that a layer adds to an artifact."""
     stored = constants(layer, precision) if layer.weighted else ()
     if kind == "torchscript":
-        return (_SCRIPT_WEIGHTED[precision] if layer.weighted else _SCRIPT_OPERATOR) + sum(stored)
+        wider = 8 * layer.out_channels if precision == "int8" else 0
+        return _SCRIPT_WEIGHTED[precision] + wider + sum(stored) if layer.weighted else _SCRIPT_OPERATOR
     if not layer.weighted:
         said = _OPERATORS.get(layer.op, _UNARY)
         said += _CONSTANT_INPUT if layer.op in _BINARIES and len(layer.sources) == 1 else 0
@@ -81,7 +88,7 @@ def layer_bytes(layer: LayerFacts, precision: Precision, kind: ArtifactKind = "p
 
 
 def constants(layer: LayerFacts, precision: Precision) -> tuple[int, ...]:
-    """Bytes of each constant of a layer with weights: weights and bias, and in int8 a scale for each channel of both."""
+    """Bytes of each constant of a layer with weights: weights and bias; in int8 a scale for each channel of both."""
     channels = 4 * layer.out_channels
     if precision == "fp32":
         return (4 * layer.weights, channels) if layer.bias else (4 * layer.weights,)
@@ -90,3 +97,43 @@ def constants(layer: LayerFacts, precision: Precision) -> tuple[int, ...]:
 
 def _padded(size: int, unit: int) -> int:
     return -(-size // unit) * unit
+
+
+# ------------------------------------------------------------------------------------------------------- in memory
+
+EMPTY_PROGRAM = 5_000  # what a loaded program keeps without layers
+EMPTY_LOADING = 23_000  # and what it needs beside that and the file while it is made
+_LOADING = 1_000  # for each operator: the graph that the delegate builds
+_KEPT_WEIGHTED, _KEPT = 5_000, 1_500  # an operator's own structures
+# Channels that weights are packed in: XNNPACK's common micro-kernels for NEON.
+_TILE: dict[Precision, int] = {"fp32": 8, "int8": 16}
+_POINTER, _ROWS = 8, 4  # the tile's height: output positions computed at once
+
+
+@cache
+def kept_bytes(layer: LayerFacts, precision: Precision) -> int:
+    """Bytes that a loaded program holds for a layer: packed weights, biases and scales, the operator."""
+    if not layer.weighted:
+        return _KEPT
+    channels = _padded(layer.out_channels, _TILE[precision])
+    each = layer.weights // layer.out_channels
+    if precision == "fp32":
+        return _KEPT_WEIGHTED + 4 * channels * (each + 1)
+    inner = 1 if layer.depthwise else layer.in_channels // layer.groups  # int8 products are summed four by four
+    each = each // inner * (1 if layer.depthwise else _padded(inner, 4))
+    return _KEPT_WEIGHTED + channels * (each + 8)
+
+
+def loading_bytes(layer: LayerFacts, precision: Precision, kind: ArtifactKind = "pte") -> int:
+    """Bytes that a layer needs while the program is loaded, beside what it keeps: its share of the file, its graph."""
+    return _LOADING + layer_bytes(layer, precision, kind)
+
+
+def pointer_bytes(layer: LayerFacts) -> int:
+    """Bytes of a convolution's indirection buffer: for each output position a pointer to every pixel that it reads.
+
+    A 1x1 convolution without a stride is a matrix product; a depthwise one lets go of its buffer.
+    """
+    if layer.op != "conv2d" or layer.depthwise or prod((*layer.kernel, *layer.stride)) == 1:
+        return 0
+    return _POINTER * prod(layer.kernel) * _padded(layer.positions, _ROWS)

@@ -51,7 +51,7 @@ def inspect(
     console.print(f"\n{facts.parameters:,} parameters, {facts.macs:,} MACs for a sample", highlight=False)
     for precision in ("fp32", "int8"):
         choice = Choice(facts, precision)
-        live = Bytes(choice.live_elements() * (4 if precision == "fp32" else 1))
+        live = Bytes(max(choice.live_bytes()))
         console.print(
             f"{precision}: predicted size {Bytes(costs.size(choice))}, live activations at the peak {live}, "
             f"predicted peak memory {Bytes(costs.peak_memory(choice))}",

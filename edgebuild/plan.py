@@ -7,6 +7,7 @@ need, then gives back whatever turned out not to be needed.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import prod
 
 from edgebuild.spec import (
     CLAMPS,
@@ -154,10 +155,8 @@ class Choice:
         size = {step.makes: _bytes(step.layer, step.makes[1]) for step in steps}
         alive: dict[Tensor, int] = {}
         most = [0] * len(self.facts.layers)
-        inputs = 0
+        inputs = self.outer_bytes()
         for i, step in enumerate(steps):
-            if any(tensor[0] == MODEL_INPUT and tensor not in size for tensor in step.reads) and not inputs:
-                inputs = 4 * step.layer.in_elements
             mine, before = size[step.makes], step.reads[:1]
             if step.layer.op in IN_PLACE and before and dies[before[0]] == i and alive.get(before[0]) == mine:
                 del alive[before[0]]
@@ -165,6 +164,11 @@ class Choice:
             most[step.index] = max(most[step.index], inputs + sum(alive.values()))
             alive = {tensor: bytes_ for tensor, bytes_ in alive.items() if dies.get(tensor, len(steps)) > i}
         return tuple(most)
+
+    def outer_bytes(self) -> int:
+        """Bytes of the model's inputs."""
+        first = next((layer for layer in self.facts.layers if MODEL_INPUT in layer.sources), None)
+        return 4 * prod(first.in_shape) if first else 0
 
 
 Tensor = tuple[str, Precision]  # by the layer that makes it; one that is converted is two
