@@ -17,7 +17,8 @@ from edgebuild.spec import MODEL_INPUT, Activation, ChannelGroup, LayerFacts, Mo
 
 # Folded into, or clamped by, the operator before them; they cost nothing of their own when lowered.
 _FOLDED_MODULES = (nn.BatchNorm2d, nn.Dropout, nn.Identity)
-_FOLDED_FUNCTIONS = (F.relu, F.relu6, F.hardtanh, torch.flatten)
+_FOLDED_FUNCTIONS = (F.relu, torch.flatten)
+_IN_PLACE = (*_FOLDED_FUNCTIONS, F.relu6, F.hardtanh)  # these cost something where they are quantized, but no memory
 _WEIGHTED = (nn.Conv2d, nn.Linear)
 
 
@@ -112,7 +113,7 @@ def _layer_facts(node: fx.Node, model: fx.GraphModule, shapes: dict[fx.Node, tup
             kernel=tuple(module.kernel_size),
             stride=tuple(module.stride),
             positions=prod(out[2:]),
-            bias=True,  # with the batch norm folded in, every convolution has one
+            bias=module.bias is not None or _normed(node, model),
         )
     if isinstance(module, nn.Linear):
         return replace(
@@ -123,6 +124,12 @@ def _layer_facts(node: fx.Node, model: fx.GraphModule, shapes: dict[fx.Node, tup
             bias=module.bias is not None,
         )
     return facts
+
+
+def _normed(node: fx.Node, model: fx.GraphModule) -> bool:
+    """Whether a batch norm follows, which brings a bias where it is folded in."""
+    users = [user for user in node.users if user.op == "call_module"]
+    return any(isinstance(model.get_submodule(str(user.target)), nn.BatchNorm2d) for user in users)
 
 
 def _folded(node: fx.Node, model: fx.GraphModule) -> bool:
@@ -320,7 +327,8 @@ def _activations(
             dies[owner[source]] = step[node]
         if node not in shapes or node.op == "get_attr":
             continue
-        shared = node.op in ("call_module", "call_function") and _folded(node, model) and sources
+        in_place = node.target in _IN_PLACE or node.op == "call_module" and _folded(node, model)
+        shared = in_place and sources
         owner[node] = owner[sources[0]] if shared else node
         dies.setdefault(owner[node], step[node])
     return tuple(

@@ -3,22 +3,20 @@
 from collections.abc import Sequence
 from functools import cache
 
+from edgebuild import footprint
 from edgebuild.devices import DEVICES
-from edgebuild.space import Limit, Resource
-from edgebuild.spec import BudgetKind, LayerFacts, Precision, Profile, Target
+from edgebuild.footprint import ArtifactKind
+from edgebuild.plan import Choice
+from edgebuild.space import Limit, Phase, Resource
+from edgebuild.spec import BudgetKind, LayerFacts, ModelFacts, Precision, Profile, Target
 
-# What an XNNPACK program needs beside its weights, read off .pte files of known models.
-FILE_BYTES = 8_000
-NODE_BYTES: dict[Precision, int] = {"fp32": 150, "int8": 810}  # int8 operators carry their quantization along
-# Resident memory of a loaded program that has no weights: the delegate's bookkeeping.
-RUNTIME_BYTES = 40_000
 PLANNED = ("size", "latency", "latency_p95", "latency_p99", "throughput", "peak_memory")
 
 
 Factors = dict[tuple[str, str], float]  # measured / predicted, by (kind of budget, target)
 
 
-def limits(profile: Profile, targets: Sequence[Target], factors: Factors) -> tuple[Limit, ...]:
+def limits(profile: Profile, targets: Sequence[Target], facts: ModelFacts, factors: Factors) -> tuple[Limit, ...]:
     """The budgets that a plan can be made for, each with its cost; `factors` corrects them by what was measured."""
     found = []
     for budget in profile.budgets:
@@ -26,35 +24,51 @@ def limits(profile: Profile, targets: Sequence[Target], factors: Factors) -> tup
             continue
         bound = 1 / budget.bound if budget.kind == "throughput" else budget.bound
         for target in targets if budget.kind != "size" else targets[:1]:
-            found.append(limit(budget.kind, target, bound, profile, factors))
+            found.append(limit(budget.kind, target, bound, profile, facts, factors))
     return tuple(found)
 
 
-def limit(kind: BudgetKind, target: Target, bound: float, profile: Profile, factors: Factors) -> Limit:
+def limit(
+    kind: BudgetKind, target: Target, bound: float, profile: Profile, facts: ModelFacts, factors: Factors
+) -> Limit:
     """A bound on what a kind of budget costs on a target; a throughput is bounded by its inverse, in seconds."""
     name = "" if kind == "size" else target.name
-    return Limit(kind, name, bound, resource(kind, target, profile.threads), factors.get((kind, name), 1.0))
+    cost = {"size": lambda: size(facts, profile.artifact), "peak_memory": lambda: peak_memory(facts, profile.artifact)}
+    resource = cost.get(kind, lambda: latency(target, profile.threads))()
+    return Limit(kind, name, bound, resource, factors.get((kind, name), 1.0))
 
 
-def resource(kind: BudgetKind, target: Target | None, threads: int) -> Resource:
-    """What a kind of budget is counted in; every kind but "size" and "peak_memory" needs a target."""
-    if kind == "size":
-        return Resource(layer_size, FILE_BYTES)
-    if kind == "peak_memory":  # the file, and the weights as the kernels pack them
-        return Resource(
-            lambda layer, precision: 2 * layer_size(layer, precision), FILE_BYTES + RUNTIME_BYTES, live=True
-        )
-    assert target is not None
+def size(facts: ModelFacts, artifact: ArtifactKind = "pte") -> Resource:
+    """Bytes of the artifact: the empty file and the sum over the layers. A `.pte` takes a few hundred bytes less."""
+    return Resource(lambda layer, precision: footprint.layer_bytes(layer, precision, artifact), _file(facts, artifact))
+
+
+def peak_memory(facts: ModelFacts, artifact: ArtifactKind = "pte") -> Resource:
+    """Bytes at the worst moment, above an empty runtime.
+
+    Loading holds the file and what is made of it, running what is kept, the convolutions' pointers and the activations
+    of each step.
+    """
+    return Resource(
+        footprint.kept_bytes,
+        footprint.EMPTY_PROGRAM + Choice(facts, "fp32").input_bytes(),
+        (
+            Phase(
+                lambda layer, precision: footprint.loading_bytes(layer, precision, artifact),
+                footprint.EMPTY_LOADING + _file(facts, artifact),
+            ),
+            Phase(lambda layer, _: footprint.pointer_bytes(layer), live=True),
+        ),
+    )
+
+
+def _file(facts: ModelFacts, artifact: ArtifactKind) -> int:
+    return footprint.file_bytes(any(layer.op == "conv2d" for layer in facts.layers), artifact)
+
+
+def latency(target: Target, threads: int) -> Resource:
+    """Seconds of an inference on a target: the sum over the layers, to which the corrections add what no layer owns."""
     return Resource(lambda layer, precision: layer_latency(layer, precision, target, threads))
-
-
-@cache
-def layer_size(layer: LayerFacts, precision: Precision) -> float:
-    """Bytes that a layer adds to the artifact."""
-    if not layer.weighted:
-        return NODE_BYTES[precision]
-    width, scales = (1, 4 * layer.out_channels) if precision == "int8" else (4, 0)
-    return NODE_BYTES[precision] + width * layer.weights + scales + (4 * layer.out_channels if layer.bias else 0)
 
 
 @cache

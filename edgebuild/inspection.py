@@ -51,13 +51,13 @@ def inspect(
     console.print(f"\n{facts.parameters:,} parameters, {facts.macs:,} MACs for a sample", highlight=False)
     for precision in ("fp32", "int8"):
         choice = Choice(facts, precision)
-        live = Bytes(max(choice.live_bytes(), default=0.0))
-        size, memory = (costs.resource(kind, None, threads).of(choice) for kind in ("size", "peak_memory"))
+        live = Bytes(max(choice.live_bytes()))
+        size, memory = costs.size(facts).of(choice), costs.peak_memory(facts).of(choice)
         console.print(
             f"{precision}: predicted size {Bytes(size)}, live activations at the peak {live}, "
             f"predicted peak memory {Bytes(memory)}",
             highlight=False,
         )
         for target in targets:
-            total = Seconds(costs.resource("latency", target, threads).of(choice))
+            total = Seconds(costs.latency(target, threads).of(choice))
             console.print(f"      predicted latency on {target.name}, {threads} thread(s): {total}", highlight=False)

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache, cached_property
+from math import prod
 
 from edgebuild.errors import SpecError
 from edgebuild.spec import (
+    CLAMPS,
+    IN_PLACE,
     INT8_OPERATORS,
     MODEL_INPUT,
     PASSING_OPERATORS,
@@ -41,29 +44,45 @@ class Choice:
 
         Where precisions meet there is a `quantize` or `dequantize` of the tensor, once for all its readers.
         """
+        return tuple((step.layer, step.precision) for step in self.steps)
+
+    @cached_property
+    def steps(self) -> tuple["Step", ...]:
+        """`layers()` with the tensors that each reads and makes."""
         into, out = self._missing()
-        realised: list[tuple[LayerFacts, Precision]] = []
+        steps: list[Step] = []
         tensors: dict[str, LayerFacts] = {}
-        made: dict[str, set[Precision]] = {}  # the precisions in which a tensor is there
+        at: dict[tuple[str, Precision], Tensor] = {}  # in which precisions a tensor is there, and what it is called
         read: set[str] = set()
-        for layer in self.facts.layers:
-            narrow, precision = (
-                narrowed(layer, into.get(layer.name, 0), out.get(layer.name, 0)),
-                self._precisions[layer.name],
-            )
+
+        def convert(source: str, precision: Precision, index: int) -> None:
+            (before,) = [tensor for (name, _), tensor in at.items() if name == source]
+            steps.append(Step(border(tensors[source], precision), "int8", index, (before,), (source, precision)))
+            at[source, precision] = (source, precision)
+
+        for index, layer in enumerate(self.facts.layers):
+            narrow = narrowed(layer, into.get(layer.name, 0), out.get(layer.name, 0))
+            precision = self._precisions[layer.name]
             for source in layer.sources:
                 if source == MODEL_INPUT and source not in tensors:
-                    tensors[source], made[source] = model_input(narrow), {"fp32"}
-                if precision not in made[source]:
-                    realised.append((border(tensors[source], precision), "int8"))
-                    made[source].add(precision)
+                    tensors[source], at[source, "fp32"] = model_input(narrow), (source, "fp32")
+                if (source, precision) not in at:
+                    convert(source, precision, index)
                 read.add(source)
+            reads = tuple(at[source, precision] for source in layer.sources)
+            tensors[layer.name] = narrow
+            if precision == "fp32" and layer.op in CLAMPS:  # fused: it makes no tensor of its own
+                at[layer.name, precision] = reads[0]
+                continue
             form = self.forms.get(layer.name)
-            parts = factorized(narrow, form) if form else (narrow,)
-            realised += [(part, precision) for part in parts]
-            tensors[layer.name], made[layer.name] = narrow, {precision}
-        ends = [name for name, found in made.items() if name not in read and "fp32" not in found]
-        return (*realised, *((border(tensors[name], "fp32"), "int8") for name in ends))
+            for part in factorized(narrow, form) if form else (narrow,):
+                steps.append(Step(part, precision, index, reads, (part.name, precision)))
+                reads = ((part.name, precision),)
+            at[layer.name, precision] = reads[0]
+        for layer in self.facts.layers:
+            if layer.name not in read and (layer.name, "fp32") not in at:
+                convert(layer.name, "fp32", len(self.facts.layers) - 1)
+        return tuple(steps)
 
     def precision_of(self, layer: str) -> Precision:
         """What a layer computes in."""
@@ -94,20 +113,54 @@ class Choice:
                     out[name] = out.get(name, 0) + lost * slot.each
         return into, out
 
-    def live_bytes(self) -> tuple[float, ...]:
-        return (self.live_elements() * (1 if self.precision == "int8" else 4),)
+    def live_bytes(self) -> tuple[int, ...]:
+        """Bytes of the activations alive at each layer of `facts.layers`, conversions and factors included.
 
-    def live_elements(self) -> float:
-        """Most activation elements alive at one step of the schedule."""
-        scaled = []
-        for tensor in self.facts.activations:
-            lost = sum(
-                each * (self.facts.group(name).channels - self.channels(self.facts.group(name)))
-                for name, each in tensor.groups.items()
-            )
-            scaled.append((tensor.born, tensor.dies, tensor.elements * (1 - lost / max(tensor.channels, 1))))
-        steps = sorted({born for born, _, _ in scaled})
-        return max((sum(size for born, dies, size in scaled if born <= step <= dies) for step in steps), default=0.0)
+        The model's inputs stay to the end: they are the caller's.
+        """
+        size = {step.makes: tensor_bytes(step.layer, step.makes[1]) for step in self.steps}
+        most = [0] * len(self.facts.layers)
+        inputs = self.input_bytes()
+        for step, alive in zip(self.steps, self.alive(), strict=True):
+            most[step.index] = max(most[step.index], inputs + sum(size[tensor] for tensor in alive))
+        return tuple(most)
+
+    def alive(self) -> tuple[frozenset["Tensor"], ...]:
+        """The tensors alive at each of `steps`, apart from the model's inputs.
+
+        An operator that may, and whose input nobody else reads, writes its output over it.
+        """
+        dies = {tensor: i for i, step in enumerate(self.steps) for tensor in step.reads}
+        size = {step.makes: tensor_bytes(step.layer, step.makes[1]) for step in self.steps}
+        alive: frozenset[Tensor] = frozenset()
+        found = []
+        for i, step in enumerate(self.steps):
+            before = step.reads[0] if step.reads else None
+            if step.layer.op in IN_PLACE and before in alive and dies[before] == i and size[before] == size[step.makes]:
+                alive -= {before}
+            alive |= {step.makes}
+            found.append(alive)
+            alive = frozenset(tensor for tensor in alive if dies.get(tensor, len(self.steps)) > i)
+        return tuple(found)
+
+    def input_bytes(self) -> int:
+        """Bytes of the model's inputs."""
+        first = next((layer for layer in self.facts.layers if MODEL_INPUT in layer.sources), None)
+        return 4 * prod(first.in_shape) if first else 0
+
+
+Tensor = tuple[str, Precision]  # by the layer that makes it; one that is converted is two
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operator as it is lowered, for the layer with this index in `facts.layers`."""
+
+    layer: LayerFacts
+    precision: Precision
+    index: int
+    reads: tuple[Tensor, ...]
+    makes: Tensor
 
 
 def choice_of(facts: ModelFacts, plan: Plan) -> Choice:
@@ -209,6 +262,11 @@ def border(tensor: LayerFacts, precision: Precision) -> LayerFacts:
         f"{tensor.name}.{op}", op, channels, channels, in_elements=elements, out_elements=elements, in_shape=shape,
         out_shape=shape, sources=(tensor.name,),
     )  # fmt: skip
+
+
+def tensor_bytes(layer: LayerFacts, precision: Precision) -> int:
+    """Bytes of what a layer makes."""
+    return layer.out_elements * (1 if precision == "int8" else 4)
 
 
 @cache

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
-from edgebuild.plan import Choice, border, factorized, fits, model_input, narrowed
-from edgebuild.space import SLACK, Limit, Option, Space
-from edgebuild.spec import INT8_OPERATORS, MODEL_INPUT, PASSING_OPERATORS, Form, LayerFacts, Precision, Solve
+from edgebuild.plan import Choice, border, factorized, fits, model_input, narrowed, tensor_bytes
+from edgebuild.space import SLACK, Amount, Limit, Option, Resource, Space
+from edgebuild.spec import CLAMPS, INT8_OPERATORS, MODEL_INPUT, PASSING_OPERATORS, Form, LayerFacts, Precision, Solve
 
 GAP = 0.01  # relative: a plan may lose this much more than the best one
 TIME_LIMIT = 10.0  # seconds
@@ -83,6 +83,10 @@ Table = NDArray[np.float64]
 Term = tuple[tuple[str, ...], Table]  # costs over the widths of up to two groups; the last axis is the limit
 
 
+def _amounts(resource: Resource) -> list[Amount]:
+    return [resource.layer, *(phase.layer for phase in resource.phases)]
+
+
 class _Program:
     """Columns and rows under construction: the binaries of `widths` and `options`, then what follows."""
 
@@ -93,8 +97,10 @@ class _Program:
         self.closed: set[int] = set()  # columns that must be 0
         self.losses: Row = {}
         self.rows: list[tuple[Row, float, float]] = []
-        self.costs: list[Row] = [{} for _ in limits]
-        self.fixed = np.array([limit.resource.fixed for limit in limits], dtype=np.float64)
+        # what is counted: each limit's own sum over the layers, then those of its phases
+        self.amounts = [amount for limit in limits for amount in _amounts(limit.resource)]
+        self.costs: list[Row] = [{} for _ in self.amounts]
+        self.fixed = np.zeros(len(self.amounts))
         self.pairs: dict[tuple[str, ...], Columns] = {}
         self.widths = {name: self._choose([loss for _, loss in levels]) for name, levels in space.widths.items()}
         self.options = {name: self._choose([o.loss for o in options]) for name, options in space.options.items()}
@@ -103,8 +109,9 @@ class _Program:
             self._layer(layer)
         self._borders()
         self.goal = int(self._free((1,))[0])  # the value of the limit `goal`, as a share of its bound
-        for limit, cost, fixed in zip(self.limits, self.costs, self.fixed.tolist(), strict=True):
-            self._limit(limit, cost, fixed, limit is goal)
+        counted = iter(zip(self.costs, self.fixed.tolist(), strict=True))
+        for limit in self.limits:
+            self._limit(limit, [next(counted) for _ in _amounts(limit.resource)], limit is goal)
 
     @property
     def largest_loss(self) -> float:
@@ -138,7 +145,7 @@ class _Program:
 
     def _charge(self, columns: Columns, table: Table) -> None:
         """What each column costs."""
-        for column, amounts in zip(columns.ravel().tolist(), table.reshape(-1, len(self.limits)).tolist(), strict=True):
+        for column, amounts in zip(columns.ravel().tolist(), table.reshape(-1, len(self.amounts)).tolist(), strict=True):
             for row, amount in zip(self.costs, amounts, strict=True):
                 if amount:
                     row[column] = row.get(column, 0.0) + amount
@@ -150,6 +157,8 @@ class _Program:
         out = [name for name, group in self.groups.items() if layer.name in group.outputs]
         touched = list(dict.fromkeys([*into, *out]))
         if layer.name not in self.options:
+            if layer.op in CLAMPS and self._fixed_precision(layer) == "fp32":
+                return  # fused
             for names, table in self._dense(layer, touched, out, self._fixed_precision(layer)):
                 if names:
                     self._charge(self._indicators(names), table)
@@ -248,13 +257,13 @@ class _Program:
         return narrowed(layer, into, out)
 
     def _cost(self, parts: Sequence[LayerFacts], precision: Precision) -> Table:
-        return np.array([sum(limit.resource.layer(part, precision) for part in parts) for limit in self.limits])
+        return np.array([sum(amount(part, precision) for part in parts) for amount in self.amounts])
 
     def _table(self, names: Sequence[str], cost: Callable[[Mapping[str, int]], Table]) -> Table:
         """Costs over the widths of the named groups, all others whole."""
         levels = [[width for width, _ in self.space.widths[name]] for name in names]
         table = np.array([cost(dict(zip(names, widths, strict=True))) for widths in product(*levels)])
-        return table.reshape((*map(len, levels), len(self.limits)))
+        return table.reshape((*map(len, levels), len(self.amounts)))
 
     # ------------------------------------------------------------------------------------------- precision borders
 
@@ -333,40 +342,53 @@ class _Program:
 
     # ------------------------------------------------------------------------------------------------------ limits
 
-    def _limit(self, limit: Limit, cost: Row, fixed: float, is_goal: bool) -> None:
-        """factor * (fixed + cost + live at each step) <= bound, in shares of the bound for rows of one scale."""
-        scale = limit.factor / limit.bound
-        total = int(self._free((1,))[0])  # one column for the long sum, since every step of the schedule needs it
-        self.rows.append(({**{column: scale * amount for column, amount in cost.items()}, total: -1.0}, 0.0, 0.0))
-        for live, always in self._live() if limit.resource.live else [({}, 0.0)]:
-            row: Row = {column: scale * amount for column, amount in live.items()}
-            row[total] = 1.0
-            taken = scale * (fixed + always)
-            if is_goal:
-                row[self.goal] = -1.0
-            self.rows.append((row, -np.inf, -taken if is_goal else 1.0 + SLACK - taken))
+    def _limit(self, limit: Limit, counted: list[tuple[Row, float]], is_goal: bool) -> None:
+        """factor * (sum + most of any phase) <= bound, in shares of the bound for rows of one scale."""
+        resource, scale = limit.resource, limit.factor / limit.bound
+        common = self._sum(*counted[0], resource.fixed, scale)
+        tops: list[tuple[Row, float]] = []
+        for phase, (cost, fixed) in zip(resource.phases, counted[1:], strict=True):
+            own = self._sum(cost, fixed, phase.fixed, scale)
+            for live, always in self._live() if phase.live else [({}, 0.0)]:
+                row = {column: scale * amount for column, amount in live.items()}
+                tops.append(({**row, own: 1.0}, scale * always))
+        for row, always in tops or [({}, 0.0)]:
+            goal = {self.goal: -1.0} if is_goal else {}
+            self.rows.append(({**row, common: 1.0, **goal}, -np.inf, -always + (0.0 if is_goal else 1.0 + SLACK)))
+
+    def _sum(self, cost: Row, fixed: float, more: float, scale: float) -> int:
+        """A column for a long sum, since each step of the schedule needs it."""
+        total = int(self._free((1,))[0])
+        self.rows.append(
+            ({**{column: scale * amount for column, amount in cost.items()}, total: -1.0}, *(2 * [-scale * (fixed + more)]))
+        )
+        return total
 
     def _live(self) -> list[tuple[Row, float]]:
-        """Bytes of the live activations at each step that is not part of another."""
-        tensors = self.space.facts.activations
-        alive = {
-            frozenset(i for i, t in enumerate(tensors) if t.born <= step <= t.dies)
-            for step in {t.born for t in tensors}
-        }
-        return [self._live_at(sorted(step)) for step in alive if not any(step < other for other in alive)]
+        """Bytes of the tensors alive at each step that is not part of another: a row over widths, and a constant.
 
-    def _live_at(self, step: Sequence[int]) -> tuple[Row, float]:
-        element = 1 if self.space.precision == "int8" else 4
-        row: Row = {}
-        always = 0.0
-        for tensor in (self.space.facts.activations[i] for i in step):
-            size = element * tensor.elements
-            always += size
-            for name in (name for name in tensor.groups if name in self.groups):
-                each = size * tensor.groups[name] / max(tensor.channels, 1)
-                for column, (width, _) in zip(self.widths[name].tolist(), self.space.widths[name], strict=True):
-                    row[column] = row.get(column, 0.0) - each * (self.groups[name].channels - width)
-        return row, always
+        As of the dense layers in the model's precision; a tensor between two factors is neglected.
+        """
+        whole = self.space.whole
+        makers = {step.makes: self.space.facts.layer(step.makes[0]) for step in whole.steps if step.makes[0] != MODEL_INPUT}
+        inputs = {step.makes: step.layer for step in whole.steps if step.makes[0] == MODEL_INPUT}
+        steps = set(whole.alive())
+        found = []
+        for step in (step for step in steps if not any(step < other for other in steps)):
+            row: Row = {}
+            always = float(whole.input_bytes())
+            for tensor in sorted(step):
+                if tensor in inputs:
+                    always += tensor_bytes(inputs[tensor], tensor[1])
+                    continue
+                layer = makers[tensor]
+                always += tensor_bytes(layer, tensor[1])
+                for name in (name for name, group in self.groups.items() if layer.name in group.outputs):
+                    for column, (width, _) in zip(self.widths[name].tolist(), self.space.widths[name], strict=True):
+                        saved = tensor_bytes(layer, tensor[1]) - tensor_bytes(self._at(layer, {name: width}), tensor[1])
+                        row[column] = row.get(column, 0.0) - saved
+            found.append((row, always))
+        return found
 
     # --------------------------------------------------------------------------------------------------- the solver
 

@@ -25,20 +25,39 @@ NOTICEABLE, NOTICEABLE_NATS = 0.02, 1e-4
 SLACK = 1e-6  # relative; rounding of sums must not make the choice that sets a bound break it
 
 
+Amount = Callable[[LayerFacts, Precision], float]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of time with needs of its own: a sum over the layers, a constant, the activations alive if `live`."""
+
+    layer: Amount
+    fixed: float = 0.0
+    live: bool = False
+
+
 @dataclass(frozen=True)
 class Resource:
     """A cost that adds up over the layers as they are lowered, to which `fixed` belongs to none.
 
-    With `live`, the bytes of the activations alive at the worst step of the schedule come on top.
+    With `phases`, the most that any of them takes comes on top.
     """
 
-    layer: Callable[[LayerFacts, Precision], float]
+    layer: Amount
     fixed: float = 0.0
-    live: bool = False
+    phases: tuple[Phase, ...] = ()
 
     def of(self, choice: Choice) -> float:
-        added = self.fixed + sum(self.layer(layer, precision) for layer, precision in choice.layers())
-        return added + (max(choice.live_bytes(), default=0.0) if self.live else 0.0)
+        layers = choice.layers()
+        total = self.fixed + sum(self.layer(layer, precision) for layer, precision in layers)
+        tops = [
+            phase.fixed
+            + sum(phase.layer(layer, precision) for layer, precision in layers)
+            + (max(choice.live_bytes()) if phase.live else 0)
+            for phase in self.phases
+        ]
+        return total + max(tops, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -173,11 +192,13 @@ def _group_cost(
     choice = Choice(facts, precision, {group.name: width} if width != group.channels else {})
     touched = {*group.inputs, *group.outputs}
     layers = [(layer, p) for layer, p in choice.layers() if layer.name in touched]
-    live = choice.live_bytes() if any(limit.resource.live for limit in limits) else ()
-    return [
-        sum(limit.resource.layer(layer, p) for layer, p in layers) + (sum(live) if limit.resource.live else 0.0)
-        for limit in limits
-    ]
+    live = sum(choice.live_bytes()) if any(limit.resource.phases for limit in limits) else 0
+    found = []
+    for limit in limits:
+        amounts = [limit.resource.layer, *(phase.layer for phase in limit.resource.phases)]
+        cost = sum(amount(layer, p) for amount in amounts for layer, p in layers)
+        found.append(cost + (live if any(phase.live for phase in limit.resource.phases) else 0))
+    return found
 
 
 def _forms(

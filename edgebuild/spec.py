@@ -182,7 +182,9 @@ MODEL_INPUT = ""
 # Operators without weights in an int8 model, by PyTorch's XNNPACK quantizer: these compute in int8, these pass on what
 # they are given; every other operator computes in fp32 between a dequantize and a quantize.
 INT8_OPERATORS = frozenset({"adaptive_avg_pool2d", "add", "cat", "mul"})
-PASSING_OPERATORS = frozenset({"max_pool2d", "mean", "permute", "reshape", "squeeze", "transpose", "view"})
+CLAMPS = frozenset({"relu6", "hardtanh"})
+IN_PLACE = CLAMPS | frozenset({"hardswish", "sigmoid", "tanh", "elu", "leaky_relu"})
+PASSING_OPERATORS = CLAMPS | frozenset({"max_pool2d", "mean", "permute", "reshape", "squeeze", "transpose", "view"})
 
 
 @dataclass(frozen=True)

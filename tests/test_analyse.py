@@ -71,8 +71,8 @@ def test_peak_memory_is_that_of_the_liveliest_step(image):
 
     _, facts = facts_of(Wide().eval(), image)
     whole = Choice(facts, "fp32")
-    assert whole.live_elements() == (32 + 3) * 64  # at `a`: its input and its output
-    assert Choice(facts, "fp32", {"a": 8}).live_elements() == (8 + 3) * 64
+    assert max(whole.live_bytes()) == 4 * (3 + 32 + 2) * 64  # at `b`: its input and output, and the model's input
+    assert max(Choice(facts, "fp32", {"a": 8}).live_bytes()) == 4 * (3 + 8 + 2) * 64
 
 
 def test_a_width_baked_into_the_graph_is_unprunable_with_the_reason(image):

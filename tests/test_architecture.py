@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "devices": BASE | {"cache"},
     "space": BASE | {"plan"},
     "program": BASE | {"plan", "space"},
-    "costs": BASE | {"cache", "plan", "space", "devices"},
+    "footprint": BASE,
+    "costs": BASE | {"cache", "plan", "space", "devices", "footprint"},
     "verify": MODEL | {"load", "devices", "backends"},
     "realise": MODEL
     | {"environment", "load", "cache", "analyse", "sensitivity", "transforms", "trials"}
@@ -70,6 +71,7 @@ LIGHT = {
     "space",
     "program",
     "costs",
+    "footprint",
     "devices",
     "report",
     "bundle",
