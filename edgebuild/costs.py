@@ -52,8 +52,9 @@ def layer_size(layer: LayerFacts, precision: Precision) -> float:
 
 
 def latency(choice: Choice, target: Target, threads: int) -> float:
-    """Seconds of an inference on a target: the sum over the layers, to which the corrections add what no layer owns."""
-    return sum(layer_latency(layer, precision, target, threads) for layer, precision in choice.layers())
+    """Seconds of an inference on a target: the call itself and the sum over the layers."""
+    layers = sum(layer_latency(layer, precision, target, threads) for layer, precision in choice.layers())
+    return DEVICES[target.device].call_latency(target, threads) + layers
 
 
 @cache

@@ -73,6 +73,8 @@ def main(artifact: str, threads: int) -> None:
         model = _Pte(artifact, threads) if artifact.endswith(".pte") else _TorchScript(artifact, threads)
     except Exception as error:
         return write_frame(answers, {"error": _reason(error)})
+    gc.collect()
+    gc.freeze()  # `time` collects before each series; the libraries' own objects would make that the longest part
     write_frame(answers, {})
     while True:
         try:
