@@ -90,11 +90,19 @@ class Worker:
         return max(answer["peak"] - answer["base"], 0), answer["exact"]
 
     def time(
-        self, inputs: Arrays, method: str = "forward", at_least: float = AT_LEAST, at_most: float = AT_MOST
+        self,
+        inputs: Arrays,
+        method: str = "forward",
+        at_least: float = AT_LEAST,
+        at_most: float = AT_MOST,
+        cpu: bool = False,
     ) -> tuple[NDArray[np.int64], bool]:
-        """Nanoseconds of each run, after a warm-up, and whether the median had settled; the bounds are in seconds."""
+        """Nanoseconds of each run, after a warm-up, and whether the median had settled; the bounds are in seconds.
+
+        `cpu` counts the time that the process had a core, which only for a single thread is the time that runs take.
+        """
         answer, (found,) = self.ask(
-            "time", inputs, TIMEOUT + at_most, method=method, at_least=at_least, at_most=at_most
+            "time", inputs, TIMEOUT + at_most, method=method, at_least=at_least, at_most=at_most, cpu=cpu
         )
         return found, answer["settled"]
 
@@ -274,7 +282,7 @@ def rates(target: Target, threads: int) -> host_model.Rates:
         for _ in range(CALIBRATION_ROUNDS):
             for i, probe in enumerate(probes):
                 x = np.ones(probe.shape, np.int8 if probe.int8_input else np.float32)
-                found, _settled = worker.time((x,), host_probes.method(i), 0.0, CALIBRATION_TIME)
+                found, _settled = worker.time((x,), host_probes.method(i), 0.0, CALIBRATION_TIME, cpu=threads == 1)
                 seconds[i] = min(seconds[i], float(np.quantile(found, CALIBRATION_QUANTILE)) / 1e9)
     call = seconds[0]
     samples = [
