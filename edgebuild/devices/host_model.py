@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,7 @@ LIKE = {
 OTHER = "other"  # the kind of an operator that is like none that was timed
 KERNELS = ("gemm", "igemm", "depthwise")
 
-ROWS, COLUMNS, DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16), (4, 8, 16, 32, 64), (1, 2, 4, 8)
+ROWS, COLUMNS, DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16), (4, 8, 16, 32, 64), (1, 2, 4, 8)
 ROOMS = (1 << 40, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 << 21)
 LENGTHS, NOISES = (0.4, 0.8, 1.6), (0.03, 0.1, 0.3, 1.0)  # in e-foldings; a share of the residuals' spread
 FARTHEST = 0.5  # the interpolation may move a logarithm by so much
@@ -40,14 +39,16 @@ FARTHEST = 0.5  # the interpolation may move a logarithm by so much
 class Tile:
     """What a kernel computes at once: output positions, output channels, input channels.
 
-    `half` says that half a tile's columns are enough for a layer that has no more. A layer of more than `room` weights
-    fetches them again for each row of tiles.
+    Layers whose channels do not fill their tiles may be left to a slower kernel: `half` says that half a tile's columns
+    are enough for a layer that has no more, `edge` that any layer is made of half tiles. A layer of more than `room`
+    weights fetches them again for each row of tiles.
     """
 
     rows: int = 1
     columns: int = 1
     depth: int = 1
     half: bool = False
+    edge: bool = False
     room: float = ROOMS[0]
 
 
@@ -55,8 +56,8 @@ class Tile:
 class Curve:
     """The fitted cost of a kind of layer in a precision.
 
-    `unit` holds the seconds for one of each term. The interpolation is a sum over the timed layers' `points` (log
-    dimensions) with `weights`, of Gaussians as wide as `length`.
+    `unit` holds the seconds for one of each term. The interpolation is a sum over the timed layers' `points` (see
+    `_places`) with `weights`, of Gaussians as wide as `length`.
     """
 
     tile: Tile
@@ -68,7 +69,7 @@ class Curve:
     def seconds(self, dimensions: Array) -> Array:
         """Predicted seconds of layers, given their dimensions [layers, 6] as of `_dimensions`."""
         base = _terms(dimensions, self.tile) @ np.array(self.unit)
-        moved = _kernel(_logs(dimensions), np.array(self.points), self.length) @ np.array(self.weights)
+        moved = _kernel(_places(dimensions, self.tile), np.array(self.points), self.length) @ np.array(self.weights)
         return base * np.exp(np.clip(moved, -FARTHEST, FARTHEST))
 
 
@@ -146,8 +147,10 @@ def _tensor(layer: LayerFacts) -> tuple[float, ...]:
     return 0, layer.in_elements, layer.in_elements, max(layer.in_channels, 1), 1, 1
 
 
-def _logs(dimensions: Array) -> Array:
-    return np.log(np.maximum(dimensions[:, 1:], 1.0))
+def _places(dimensions: Array, tile: Tile) -> Array:
+    """Where layers lie for the interpolation: their dimensions' logarithms; apart, whether they fill their tiles."""
+    torn = dimensions[:, 2] % tile.columns > 0
+    return np.column_stack([np.log(np.maximum(dimensions[:, 1:], 1.0)), 2.0 * torn])
 
 
 def _terms(dimensions: Array, tile: Tile) -> Array:
@@ -156,7 +159,8 @@ def _terms(dimensions: Array, tile: Tile) -> Array:
     one = np.ones_like(rows)
     if not groups[0]:  # elements read and written, and runs of one channel each
         return np.stack([one, rows + columns, np.maximum(rows, columns) / depth], 1)
-    wide = _up(columns, tile.columns)
+    torn = columns % tile.columns > 0
+    wide = _up(columns, tile.columns // 2 if tile.edge else tile.columns)
     if tile.half:
         wide = np.where(columns <= tile.columns / 2, tile.columns / 2, wide)
     if groups[0] == 0.5:
@@ -164,9 +168,9 @@ def _terms(dimensions: Array, tile: Tile) -> Array:
     tall, deep = _up(rows, tile.rows), _up(depth, tile.depth) * taps
     read, write, weights = rows * deep, rows * columns, columns * deep
     tiles = tall * wide / (tile.rows * tile.columns)
-    torn = tall * tile.columns * deep * (columns < wide)  # some kernels are slow at a tile that is not full
     again = tall / tile.rows * weights * (weights > tile.room)
-    found = (tall * wide * deep, torn, tiles, read, write, weights, again, rows, inputs / groups)
+    whole = tall * wide * deep
+    found = (whole, whole * torn, tiles, read, write, weights, again, rows, inputs / groups)
     return np.stack([one, *(groups * term for term in found)], 1)
 
 
@@ -208,7 +212,8 @@ def _tile(dimensions: Array, seconds: Array, name: str) -> Tile:
     if name not in KERNELS:
         return Tile()
     dense = name != "depthwise"
-    options = product(ROWS if dense else (1,), COLUMNS, DEPTHS if dense else (1,), (False, True))
+    edges = (False, True) if dense else (False,)
+    options = product(ROWS if dense else (1,), COLUMNS, DEPTHS if dense else (1,), (False, True), edges)
 
     def rest(tile: Tile) -> float:
         terms = _terms(dimensions, tile)
@@ -236,7 +241,7 @@ def _curve(dimensions: Array, seconds: Array, tile: Tile, interpolate: bool = Tr
     terms = _terms(dimensions, tile)
     unit = _unit(terms, seconds)
     rest = np.log(seconds / np.maximum(terms @ unit, 1e-12))
-    points = _logs(dimensions)
+    points = _places(dimensions, tile)
     length, weights = LENGTHS[0], np.zeros_like(rest)
     if interpolate and len(rest) > 2:
         best = np.abs(rest).mean()
@@ -256,8 +261,3 @@ def _error(name: str, precision: Precision, dimensions: Array, seconds: Array, c
         trial = _curve(dimensions[others], seconds[others], curve.tile)
         found.append(abs(float(trial.seconds(dimensions[i : i + 1])[0]) / seconds[i] - 1))
     return Error(name, precision, len(found), float(np.median(found)), float(max(found)))
-
-
-def summary(errors: Sequence[Error]) -> dict[str, Any]:
-    """Errors as plain data, worst kind first."""
-    return {f"{e.kind}.{e.precision}": (e.median, e.worst) for e in sorted(errors, key=lambda e: -e.median)}

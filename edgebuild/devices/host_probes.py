@@ -102,7 +102,9 @@ DENSE = (
     conv(160, 960, 7, 1), conv(960, 320, 7, 1), conv(12, 40, 16, 1), conv(40, 12, 16, 1), conv(16, 16, 16, 1),
     conv(64, 64, 16, 1), conv(16, 64, 8, 1), conv(64, 16, 8, 1), conv(128, 128, 8, 1), conv(64, 128, 2, 1),
     conv(32, 64, 16, 1, stride=2), conv(64, 128, 8, 1, stride=2), conv(16, 24, 16, 1, stride=2),
-    conv(128, 256, 14, 1, stride=2), conv(96, 24, 1, 1), conv(24, 96, 1, 1), conv(480, 120, 1, 1),
+    conv(48, 8, 16, 1), conv(24, 8, 28, 1), conv(64, 8, 8, 1), conv(16, 24, 28, 1), conv(56, 20, 14, 1),
+    conv(64, 40, 8, 1), conv(96, 56, 7, 1), conv(128, 256, 14, 1, stride=2), conv(96, 24, 1, 1), conv(24, 96, 1, 1),
+    conv(480, 120, 1, 1),
     # spatial factors
     conv(32, 16, 16, (3, 1)), conv(16, 32, 16, (1, 3)), conv(64, 24, 8, (3, 1)), conv(24, 64, 8, (1, 3)),
     conv(16, 8, 32, (3, 1)), conv(8, 16, 32, (1, 3)), conv(128, 48, 8, (3, 1)), conv(48, 128, 8, (1, 3)),
@@ -115,6 +117,7 @@ DEPTHWISE = (
     depthwise(32, 112), depthwise(64, 56, stride=2), depthwise(144, 28), depthwise(144, 28, stride=2),
     depthwise(24, 28), depthwise(192, 14, stride=2), depthwise(384, 14), depthwise(576, 7, stride=2), depthwise(960, 7),
     depthwise(8, 16), depthwise(12, 16), depthwise(48, 16), depthwise(64, 8), depthwise(64, 2, stride=2),
+    depthwise(32, 8), depthwise(128, 4), depthwise(96, 4, stride=2),
     depthwise(72, 28, 5), depthwise(96, 14, 5, 2), depthwise(240, 14, 5), depthwise(120, 7, 5), depthwise(672, 7, 5),
 )  # fmt: skip
 

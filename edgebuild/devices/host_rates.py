@@ -11,12 +11,12 @@ from edgebuild import cache
 from edgebuild.devices.host_model import Rates
 from edgebuild.devices.host_probes import Probe
 
-CODE = ("host_model.py", "host_probes.py", "host_program.py")
+PROGRAM = ("host_probes.py", "host_program.py")
 
 
 def program(probes: tuple[Probe, ...]) -> Path:
     """The probes as one ExecuTorch program, a method each, from the cache where it has been written before."""
-    name = f"probes-{cache.key(_version(), version('executorch'))[:16]}.pte"
+    name = f"probes-{cache.key(_code(*PROGRAM), version('executorch'))[:16]}.pte"
     path = cache.root() / "host" / name
     if path.is_file():
         return path
@@ -40,13 +40,13 @@ def write(rates: Rates, threads: int) -> None:
 
 
 def _name(threads: int) -> str:
-    key = cache.key(_version(), _cpu(), version("executorch"), version("torch"))
+    key = cache.key(_code(*PROGRAM, "host_model.py", "host.py"), _cpu(), version("executorch"), version("torch"))
     return f"rates-{key[:16]}-{threads}.json"
 
 
-def _version() -> bytes:
-    """The code that the rates and the probes come from: what other code made does not fit it."""
-    return b"".join(Path(__file__).with_name(name).read_bytes() for name in CODE)
+def _code(*names: str) -> bytes:
+    """The code that something comes from: what other code made does not fit it."""
+    return b"".join(Path(__file__).with_name(name).read_bytes() for name in names)
 
 
 def _cpu() -> str:

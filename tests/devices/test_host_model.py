@@ -10,7 +10,7 @@ from edgebuild.devices import host_model, host_probes, host_rates
 from edgebuild.devices.host_model import Tile
 from edgebuild.spec import MODEL_INPUT, PRECISIONS, LayerFacts
 
-TILE = Tile(4, 16, 8, True)
+TILE = Tile(4, 16, 8, edge=True)
 # Seconds for: the operator, multiply-accumulates, those of torn tiles, tiles, reads, writes, weights, fetched again,
 # positions, inputs; of a depthwise convolution: the operator, multiply-accumulates, taps, outputs, weights, inputs.
 DENSE = (2e-7, 2e-11, 1e-11, 2e-9, 3e-11, 5e-11, 4e-11, 0.0, 2e-9, 1e-11)
