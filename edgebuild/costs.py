@@ -67,8 +67,9 @@ def _file(facts: ModelFacts, artifact: ArtifactKind) -> int:
 
 
 def latency(target: Target, threads: int) -> Resource:
-    """Seconds of an inference on a target: the sum over the layers, to which the corrections add what no layer owns."""
-    return Resource(lambda layer, precision: layer_latency(layer, precision, target, threads))
+    """Seconds of an inference on a target: the call itself and the sum over the layers."""
+    call = DEVICES[target.device].call_latency(target, threads)
+    return Resource(lambda layer, precision: layer_latency(layer, precision, target, threads), call)
 
 
 @cache

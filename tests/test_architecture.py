@@ -77,8 +77,8 @@ LIGHT = {
     "bundle",
 }
 # Apart from the process that an artifact runs in, a program of its own, and what `host_rates` imports when it has to
-# lower the layers that it times.
-HEAVY = {"devices.host_worker", "devices.host_chains"}
+# write the program of the layers that are timed.
+HEAVY = {"devices.host_worker", "devices.host_program"}
 
 
 def sources() -> list[str]:

@@ -233,6 +233,18 @@ def layer_latency(layer: LayerFacts, precision: Precision, target: Target, threa
     return roofline.seconds(layer, precision, target.cluster[0], target.memory, threads)
 
 
+def layer_latencies(
+    layers: Sequence[tuple[LayerFacts, Precision]], target: Target, threads: int
+) -> NDArray[np.float64]:
+    """Predicted seconds of each of many layers."""
+    return np.array([layer_latency(layer, precision, target, threads) for layer, precision in layers])
+
+
+def call_latency(target: Target, threads: int) -> float:
+    """No seconds: the published figures that the roofline was held against do not tell a call from its layers."""
+    return 0.0
+
+
 def _pack(inputs: Arrays) -> bytes:
     parts = [struct.pack("<I", len(inputs))]
     for position, array in enumerate(inputs):

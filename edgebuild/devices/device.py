@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgebuild.spec import LayerFacts, Measurement, Precision, Target
@@ -47,4 +48,14 @@ class Device(Protocol):
 
     def layer_latency(self, layer: LayerFacts, precision: Precision, target: Target, threads: int) -> float:
         """Predicted seconds of one layer."""
+        ...
+
+    def layer_latencies(
+        self, layers: Sequence[tuple[LayerFacts, Precision]], target: Target, threads: int
+    ) -> NDArray[np.float64]:
+        """Predicted seconds of each of many layers, at once."""
+        ...
+
+    def call_latency(self, target: Target, threads: int) -> float:
+        """Predicted seconds of an inference beside its layers."""
         ...

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as tensors
 
-from edgebuild.devices import host_rates, host_worker
+from edgebuild.devices import host_model, host_probes, host_rates, host_worker
 from edgebuild.devices.device import Arrays
 from edgebuild.errors import DeviceError, MissingEnvironment
 from edgebuild.spec import LayerFacts, Measurement, Precision, Target
@@ -35,7 +35,7 @@ SHARE = 0.5  # seconds for a request of `run_many`: short, so that the time-out 
 MOST_BYTES = 64 << 20  # of the samples in such a request
 AT_LEAST, AT_MOST = 1.0, 10.0  # seconds of timed runs
 # The best of several rounds, each over all methods: another process's burst of work must not hit all runs of a method.
-CALIBRATION_ROUNDS, CALIBRATION_TIME = 4, 0.03
+CALIBRATION_ROUNDS, CALIBRATION_TIME, CALIBRATION_QUANTILE = 4, 0.006, 0.2
 
 
 def check(target: Target) -> None:
@@ -90,11 +90,19 @@ class Worker:
         return max(answer["peak"] - answer["base"], 0), answer["exact"]
 
     def time(
-        self, inputs: Arrays, method: str = "forward", at_least: float = AT_LEAST, at_most: float = AT_MOST
+        self,
+        inputs: Arrays,
+        method: str = "forward",
+        at_least: float = AT_LEAST,
+        at_most: float = AT_MOST,
+        cpu: bool = False,
     ) -> tuple[NDArray[np.int64], bool]:
-        """Nanoseconds of each run, after a warm-up, and whether the median had settled; the bounds are in seconds."""
+        """Nanoseconds of each run, after a warm-up, and whether the median had settled; the bounds are in seconds.
+
+        `cpu` counts the time that the process had a core, which only for a single thread is the time that runs take.
+        """
         answer, (found,) = self.ask(
-            "time", inputs, TIMEOUT + at_most, method=method, at_least=at_least, at_most=at_most
+            "time", inputs, TIMEOUT + at_most, method=method, at_least=at_least, at_most=at_most, cpu=cpu
         )
         return found, answer["settled"]
 
@@ -242,21 +250,45 @@ def measure(
 
 
 def layer_latency(layer: LayerFacts, precision: Precision, target: Target, threads: int) -> float:
-    """Predicted seconds of one layer of a `.pte`, by rates that were measured on this machine (see `host_rates`)."""
-    return rates(target, threads).seconds(layer, precision)
+    """Predicted seconds of one layer of a `.pte`, by rates that were measured on this machine (see `host_model`)."""
+    return float(rates(target, threads).seconds([(layer, precision)])[0])
+
+
+def layer_latencies(
+    layers: Sequence[tuple[LayerFacts, Precision]], target: Target, threads: int
+) -> NDArray[np.float64]:
+    """Predicted seconds of each of many layers, a few microseconds' work for each."""
+    return rates(target, threads).seconds(layers)
+
+
+def call_latency(target: Target, threads: int) -> float:
+    """Predicted seconds of an inference beside its layers."""
+    return rates(target, threads).call
+
+
+def calibration_error(target: Target, threads: int) -> tuple[host_model.Error, ...]:
+    """How far off the rates are for layers that they were not fitted to, by kind of layer and precision."""
+    return rates(target, threads).errors
 
 
 @cache
-def rates(target: Target, threads: int) -> host_rates.Rates:
+def rates(target: Target, threads: int) -> host_model.Rates:
     """The rates of this machine: stored ones, else measured now, which takes about half a minute."""
     if (known := host_rates.read(threads)) is not None:
         return known
-    seconds = dict.fromkeys(host_rates.METHODS, inf)
-    with start(host_rates.program(), target, threads) as worker:
+    probes = host_probes.probes()
+    seconds = np.full(len(probes), inf)
+    with start(host_rates.program(probes), target, threads) as worker:
         for _ in range(CALIBRATION_ROUNDS):
-            for name, (chain, _precision) in host_rates.METHODS.items():
-                found, _settled = worker.time((host_rates.example(chain),), name, 0.0, CALIBRATION_TIME)
-                seconds[name] = min(seconds[name], float(np.median(found)) / 1e9)
-    fitted = host_rates.fit(seconds)
+            for i, probe in enumerate(probes):
+                x = np.ones(probe.shape, np.int8 if probe.int8_input else np.float32)
+                found, _settled = worker.time((x,), host_probes.method(i), 0.0, CALIBRATION_TIME, cpu=threads == 1)
+                seconds[i] = min(seconds[i], float(np.quantile(found, CALIBRATION_QUANTILE)) / 1e9)
+    call = seconds[0]
+    samples = [
+        (probe.layer, probe.precision, float(total - call) / probe.repeats)
+        for probe, total in zip(probes[1:], seconds[1:], strict=True)
+    ]
+    fitted = host_model.fit(samples, float(call))
     host_rates.write(fitted, threads)
     return fitted

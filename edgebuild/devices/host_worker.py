@@ -7,7 +7,7 @@ A frame is MAGIC, the sizes of a JSON header (uint32) and of a body (uint64), th
     run     {}                            tensors in, the outputs of one inference out
     many    {}                            samples stacked in a new dimension 0, run one by one; outputs stacked likewise
     memory  {}                            loads the artifact and runs it; `base` and `peak` resident bytes, `exact`
-    time    {method, at_least, at_most}   nanoseconds of each run, int64, in seconds' bounds; `settled`
+    time    {method, at_least, at_most, cpu}   nanoseconds of each run, int64, in seconds' bounds; `settled`
 
 Every answer is `{...}` or `{"error": ...}`. The parent imports this file for the frames, so torch is imported late.
 """
@@ -73,6 +73,8 @@ def main(artifact: str, threads: int) -> None:
         model = _Pte(artifact, threads) if artifact.endswith(".pte") else _TorchScript(artifact, threads)
     except Exception as error:
         return write_frame(answers, {"error": _reason(error)})
+    gc.collect()
+    gc.freeze()  # `time` collects before each series; the libraries' own objects would make that the longest part
     write_frame(answers, {})
     while True:
         try:
@@ -167,10 +169,10 @@ def _memory(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
     return {"base": base, "peak": peak if exact else _status("VmRSS"), "exact": exact}, []
 
 
-def _time(model: _Model, inputs: tuple[Any, ...], method: str, at_least: float, at_most: float) -> _Answer:
+def _time(model: _Model, inputs: tuple[Any, ...], method: str, at_least: float, at_most: float, cpu: bool) -> _Answer:
     import torch
 
-    call, clock = model.method(method), time.perf_counter_ns
+    call, clock = model.method(method), time.process_time_ns if cpu else time.perf_counter_ns
     for _ in range(WARM_UP):
         call(inputs)
     gc.collect()

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from edgebuild import cache, catalog
 from edgebuild.backends import torchscript, xnnpack
-from edgebuild.devices import host, host_rates, host_worker
+from edgebuild.devices import host, host_probes, host_program, host_rates, host_worker
 from edgebuild.errors import DeviceError
 from edgebuild.lift import lift
-from edgebuild.spec import Target
+from edgebuild.spec import PRECISIONS, Target
 from edgebuild.transforms import quantize
 
 TARGET: Target = catalog.load_target("host")
@@ -302,46 +302,6 @@ def test_peak_memory_holds_the_weights(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- rates
 
 
-def test_channels_cost_what_whole_tiles_cost() -> None:
-    def macs(channels: int, precision: str) -> float:
-        return host_rates.terms(host_rates.conv(channels, channels, 8), precision, 1 << 20)[f"{precision}.mac"]
-
-    assert macs(12, "int8") == macs(16, "int8") == 16 * 16 * 9 * 64
-    assert macs(12, "fp32") == 12 * 16 * 9 * 64
-    depthwise = host_rates.conv(12, 12, 8, groups=12)
-    assert host_rates.terms(depthwise, "fp32", 1 << 20)["fp32.depthwise_mac"] == 16 * 9 * 64
-
-
-def test_weights_beyond_the_cache_are_streamed() -> None:
-    layer = host_rates.linear(256, 512)
-    assert host_rates.terms(layer, "fp32", 1 << 20)["cached_byte"] == 4 * 256 * 512
-    assert host_rates.terms(layer, "fp32", 1 << 19)["streamed_byte"] == 4 * 256 * 512
-    assert host_rates.terms(layer, "int8", 1 << 19)["cached_byte"] == 256 * 512
-
-
-def test_an_operator_without_weights_costs_its_elements() -> None:
-    assert host_rates.terms(host_rates.add(4, 8), "int8", 1 << 20) == {"operator": 1, "int8.element": 3 * 4 * 64}
-
-
-def test_the_fit_finds_the_rates_that_made_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_rates, "_cache_size", lambda: 1 << 20)
-    truth = {
-        "call": 4e-6,
-        "operator": 3e-7,
-        "cached_byte": 7e-12,
-        "streamed_byte": 3e-11,
-        **{"fp32.mac": 1.2e-11, "fp32.activation": 4e-11, "fp32.depthwise_mac": 4e-11, "fp32.element": 4e-11},
-        **{"int8.mac": 4e-12, "int8.activation": 1e-10, "int8.depthwise_mac": 9e-11, "int8.element": 7e-11},
-    }
-    seconds = {
-        name: sum(truth[term] * amount for term, amount in host_rates._row(chain, precision, 1 << 20).items())
-        for name, (chain, precision) in host_rates.METHODS.items()
-    }
-    fitted = host_rates.fit(seconds)
-    assert fitted.unit == pytest.approx(truth, rel=1e-6)
-    assert fitted.call == pytest.approx(4e-6)
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache with the rates of this machine."""
@@ -362,23 +322,55 @@ def test_rates_are_measured_once(measured: Path, monkeypatch: pytest.MonkeyPatch
     host.rates.cache_clear()
     assert host.rates(TARGET, 1) == known
     files = sorted(path.name.partition("-")[0] for path in (measured / "host").iterdir())
-    assert files == ["chains", "rates"]
+    assert files == ["probes", "rates"]
 
 
 def test_a_damaged_store_is_no_rates(measured: Path) -> None:
     (path,) = (measured / "host").glob("rates-*-1.json")
     whole = path.read_bytes()
-    for damaged in (whole[:40], b"[]", json.dumps({"unit": {}}).encode()):
+    for damaged in (whole[:40], b"[]", json.dumps({"curves": {}}).encode(), whole.replace(b'"unit"', b'"units"')):
         path.write_bytes(damaged)
         assert host_rates.read(1) is None
     path.write_bytes(whole)
-    assert host_rates.read(1) is not None
+    assert host_rates.read(1) == host.rates(TARGET, 1)
 
 
 def test_layers_cost_more_where_there_is_more_to_do(measured: Path) -> None:
-    layer = host_rates.conv(64, 64, 16)
-    seconds = {p: host.layer_latency(layer, p, TARGET, 1) for p in host_rates.PRECISIONS}
+    layer = host_probes.conv(64, 64, 16)
+    seconds = {p: host.layer_latency(layer, p, TARGET, 1) for p in PRECISIONS}
     assert seconds["int8"] > 0 and 0 < seconds["fp32"] < 1
     for precision, value in seconds.items():
         assert host.layer_latency(layer.at(64, 128), precision, TARGET, 1) > value
         assert host.layer_latency(replace(layer, positions=1024), precision, TARGET, 1) > value
+
+
+def test_many_layers_at_once_cost_what_they_cost_alone(measured: Path) -> None:
+    layers = [(probe.layer, probe.precision) for probe in host_probes.probes()[1::10]]
+    alone = [host.layer_latency(layer, precision, TARGET, 1) for layer, precision in layers]
+    np.testing.assert_allclose(host.layer_latencies(layers, TARGET, 1), alone, rtol=1e-9)
+    assert min(alone) > 0
+
+
+def test_every_operator_and_an_unknown_one_has_a_price(measured: Path) -> None:
+    for op in ("hardswish", "sigmoid", "quantize", "sub", "truediv", "mean", "roll"):
+        for precision in PRECISIONS:
+            assert 0 < host.layer_latency(host_probes.plain(op, 32, 8), precision, TARGET, 1) < 1e-2
+    assert host.call_latency(TARGET, 1) > 0
+
+
+def test_calibration_tells_how_far_off_it_is(measured: Path) -> None:
+    errors = host.calibration_error(TARGET, 1)
+    assert {("gemm", "fp32"), ("igemm", "int8"), ("depthwise", "int8"), ("add", "int8")} <= {
+        (error.kind, error.precision) for error in errors
+    }
+    assert all(0 <= error.median <= error.worst for error in errors)
+
+
+def test_a_program_of_probes_runs() -> None:
+    layers = (host_probes.conv(8, 8, 6, 3, stride=2), host_probes.plain("hardsigmoid", 4, 5), host_probes.linear(4, 3))
+    probes = tuple(host_probes.Probe(layer, "fp32", 2) for layer in layers)
+    path = cache.write("host", "few.pte", host_program.write(probes))
+    with host.start(path, TARGET, 1) as worker:
+        for i in range(len(probes)):
+            found, _ = worker.time((np.ones(probes[i].shape, np.float32),), host_probes.method(i), 0.0, 0.001)
+            assert len(found) > 0
