@@ -1,4 +1,4 @@
-"""Layer facts, channel groups and the liveness schedule, read off the lifted graph."""
+"""Layer facts and channel groups, read off the lifted graph."""
 
 import copy
 import logging
@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, fx, nn
 
 from edgebuild.lift import outputs_of
-from edgebuild.spec import MODEL_INPUT, Activation, ChannelGroup, LayerFacts, ModelFacts, Slot
+from edgebuild.spec import MODEL_INPUT, ChannelGroup, LayerFacts, ModelFacts, Slot
 
 # Folded into, or clamped by, the operator before them; they cost nothing of their own when lowered.
 _FOLDED_MODULES = (nn.BatchNorm2d, nn.Dropout, nn.Identity)
@@ -30,7 +30,7 @@ def analyse(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> ModelFacts:
     reach = _reach(model, shapes, groups)
     groups, unprunable = _without_outputs(model, groups, reach, unprunable)
     groups = [_with_weightless(group, layers, model, reach) for group in groups]
-    return ModelFacts(tuple(layers), tuple(groups), _activations(model, shapes, reach, groups), unprunable)
+    return ModelFacts(tuple(layers), tuple(groups), unprunable)
 
 
 # ------------------------------------------------------------------------------------------------------ layers
@@ -304,41 +304,3 @@ def cut(model: fx.GraphModule, inputs: tuple[Tensor, ...], drop: Mapping[str, li
         root = pruned.get_submodule(name)
         graph.get_pruning_group(root, _pruner(root), idxs=sorted(channels)).prune()
     return pruned
-
-
-# ---------------------------------------------------------------------------------------------------- schedule
-
-
-def _activations(
-    model: fx.GraphModule,
-    shapes: dict[fx.Node, tuple[int, ...]],
-    reach: dict[fx.Node, dict[str, int]],
-    groups: list[ChannelGroup],
-) -> tuple[Activation, ...]:
-    """Tensors with the step that makes them and the last that reads them; folded operators write in place."""
-    known = {group.name for group in groups}
-    nodes = list(model.graph.nodes)
-    step = {node: i for i, node in enumerate(nodes)}
-    owner: dict[fx.Node, fx.Node] = {}
-    dies: dict[fx.Node, int] = {}
-    for node in nodes:
-        sources = [source for source in node.all_input_nodes if source in owner]
-        for source in sources:
-            dies[owner[source]] = step[node]
-        if node not in shapes or node.op == "get_attr":
-            continue
-        in_place = node.target in _IN_PLACE or node.op == "call_module" and _folded(node, model)
-        shared = in_place and sources
-        owner[node] = owner[sources[0]] if shared else node
-        dies.setdefault(owner[node], step[node])
-    return tuple(
-        Activation(
-            name=node.name,
-            elements=prod(shapes[node]),
-            born=step[node],
-            dies=last,
-            channels=_channels(shapes[node]),
-            groups={group: each for group, each in reach.get(node, {}).items() if group in known},
-        )
-        for node, last in dies.items()
-    )

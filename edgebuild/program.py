@@ -145,7 +145,9 @@ class _Program:
 
     def _charge(self, columns: Columns, table: Table) -> None:
         """What each column costs."""
-        for column, amounts in zip(columns.ravel().tolist(), table.reshape(-1, len(self.amounts)).tolist(), strict=True):
+        for column, amounts in zip(
+            columns.ravel().tolist(), table.reshape(-1, len(self.amounts)).tolist(), strict=True
+        ):
             for row, amount in zip(self.costs, amounts, strict=True):
                 if amount:
                     row[column] = row.get(column, 0.0) + amount
@@ -359,9 +361,9 @@ class _Program:
     def _sum(self, cost: Row, fixed: float, more: float, scale: float) -> int:
         """A column for a long sum, since each step of the schedule needs it."""
         total = int(self._free((1,))[0])
-        self.rows.append(
-            ({**{column: scale * amount for column, amount in cost.items()}, total: -1.0}, *(2 * [-scale * (fixed + more)]))
-        )
+        row = {column: scale * amount for column, amount in cost.items()}
+        taken = scale * (fixed + more)
+        self.rows.append(({**row, total: -1.0}, -taken, -taken))
         return total
 
     def _live(self) -> list[tuple[Row, float]]:
@@ -370,7 +372,9 @@ class _Program:
         As of the dense layers in the model's precision; a tensor between two factors is neglected.
         """
         whole = self.space.whole
-        makers = {step.makes: self.space.facts.layer(step.makes[0]) for step in whole.steps if step.makes[0] != MODEL_INPUT}
+        makers = {
+            step.makes: self.space.facts.layer(step.makes[0]) for step in whole.steps if step.makes[0] != MODEL_INPUT
+        }
         inputs = {step.makes: step.layer for step in whole.steps if step.makes[0] == MODEL_INPUT}
         steps = set(whole.alive())
         found = []

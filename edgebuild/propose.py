@@ -194,7 +194,10 @@ def frontier(planner: Planner, chosen: Proposal | None) -> tuple[FrontierPoint, 
     """
     found = []
     kinds: tuple[BudgetKind, ...] = ("latency", "size")
-    axes = [costs.limit(kind, planner.targets[0], inf, planner.profile, planner.base.facts, planner.factors) for kind in kinds]
+    axes = [
+        costs.limit(kind, planner.targets[0], inf, planner.profile, planner.base.facts, planner.factors)
+        for kind in kinds
+    ]
     for axis in axes:
         others = [limit for limit in planner.limits if (limit.kind, limit.target) != (axis.kind, axis.target)]
         wide = replace(axis, bound=axis.predicted(Choice(planner.base.facts, planner.precision)))

@@ -135,11 +135,11 @@ def make(
     dropped: list[Dropped] = []
     widths = {group.name: _levels(facts, group, candidates, limits, precision, dropped) for group in facts.groups}
     options: dict[str, tuple[Option, ...]] = {}
-    fixed_loss = 0.0
     casts = {c.choice.layer: c.loss for c in candidates if isinstance(c.choice, Cast)} if precision == "int8" else {}
     noticeable = max(NOTICEABLE_NATS, NOTICEABLE * sum(casts.values()))
     whole = Choice(facts, precision)
     costs = [limit.predicted(whole) for limit in limits]
+    fixed_loss = sum(loss for name, loss in casts.items() if not facts.layer(name).weighted)  # such an operator is int8
     for layer in (layer for layer in facts.layers if layer.weighted):
         loss = casts.get(layer.name, 0.0)
         found = [Option(None, precision, loss)]

@@ -280,27 +280,11 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
-class Activation:
-    """A tensor of the schedule: its elements for a sample, and the steps of its definition and its last use.
-
-    It has `channels` channels, of which group g makes `groups[g]` for each of its own.
-    """
-
-    name: str
-    elements: int
-    born: int
-    dies: int
-    channels: int
-    groups: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class ModelFacts:
-    """The whole analysis: layers in execution order, groups, the liveness schedule."""
+    """The whole analysis: layers in execution order, which is the schedule, and channel groups."""
 
     layers: tuple[LayerFacts, ...]
     groups: tuple[ChannelGroup, ...]
-    activations: tuple[Activation, ...]
     unprunable: Mapping[str, str] = field(default_factory=dict)  # layer -> why its channels are fixed
 
     def layer(self, name: str) -> LayerFacts:

@@ -134,7 +134,7 @@ def rows(facts: dict[str, ModelFacts], measured: dict[tuple[str, Precision], flo
     found: list[Row] = []
     first: dict[tuple[str, Precision], float] = {}
     for (name, precision), seconds in measured.items():
-        predicted = costs.latency(Choice(facts[name], precision), target, 1)
+        predicted = costs.latency(target, 1).of(Choice(facts[name], precision))
         family = name.partition("-")[0], precision
         shape = None
         if family in first:

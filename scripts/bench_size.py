@@ -72,8 +72,8 @@ def bench(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             lowered = quantize.apply(lifted, inputs, [inputs], BACKENDS["pte"].quantizer(keep))
         data = BACKENDS["pte"].lower(lowered, inputs).data
         choice = Choice(facts, precision, keep_fp32=frozenset(keep))  # type: ignore[arg-type]
-        row = {"model": name, "precision": label, "size": len(data), "predicted": costs.size(choice)}
-        row["peak predicted"] = costs.peak_memory(choice)
+        row = {"model": name, "precision": label, "size": len(data), "predicted": costs.size(facts).of(choice)}
+        row["peak predicted"] = costs.peak_memory(facts).of(choice)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.pte"
             path.write_bytes(data)

@@ -21,7 +21,6 @@ FACTS = ModelFacts(
         ChannelGroup("a", 32, {"a": Slot(0, 1)}, {"b": Slot(0, 1)}),
         ChannelGroup("b", 64, {"b": Slot(0, 1)}, {"c": Slot(0, 1)}),
     ),
-    activations=(),
 )
 CANDIDATES = (
     *(Candidate(Width("a", width, 32), loss) for width, loss in ((24, 0.1), (16, 0.4), (8, 2.0))),
