@@ -229,6 +229,9 @@ def _report(
         frontier=curve,
         dropped=planner.space(planner.limits)[1],
         trials=planner.base.trials,
+        calibration={
+            target.name: DEVICES[target.device].calibration_error(target, profile.threads) for target in targets
+        },
         findings=tuple(findings),
         stages={name: round(seconds, 3) for name, seconds in clock.stages.items()},
         environment=_environment(loaded, profile, base),

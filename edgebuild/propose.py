@@ -206,13 +206,15 @@ def frontier(planner: Planner, chosen: Proposal | None) -> tuple[FrontierPoint, 
         if least.choice is None:
             continue
         low, high = axis.predicted(least.choice), wide.bound
+        seen: list[Choice] = []
         ratio = (low / high) ** (1 / (FRONTIER_POINTS - 1))
         for i in range(FRONTIER_POINTS):
             bound = high * ratio**i * (1 + NEAREST_GAP)
             limits = [*others, replace(axis, bound=bound)]
             solved = program.solve(points, limits, (), FRONTIER_GAP, FRONTIER_TIME)
-            if solved.choice is None:
+            if solved.choice is None or solved.choice in seen:
                 continue
+            seen.append(solved.choice)
             predicted = {name(other): other.predicted(solved.choice) for other in axes}
             is_chosen = chosen is not None and solved.choice == chosen.choice
             found.append(FrontierPoint(name(axis), bound, predicted, solved.loss, solved.solve.gap or 0.0, is_chosen))

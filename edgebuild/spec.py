@@ -600,6 +600,20 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class CalibrationError:
+    """How far off a device's cost model is: relative errors of layers of a kind, each predicted from all others.
+
+    `layers` counts those that were timed.
+    """
+
+    kind: str
+    precision: Precision
+    layers: int
+    median: float
+    worst: float
+
+
+@dataclass(frozen=True)
 class Prediction:
     """A figure of a built artifact beside what the corrected cost model had said of it; `error` is relative."""
 
@@ -712,6 +726,7 @@ class Report:
     frontier: tuple[FrontierPoint, ...]
     dropped: tuple[Dropped, ...]
     trials: tuple[Trial, ...]
+    calibration: Mapping[str, tuple[CalibrationError, ...]]  # by target
     findings: tuple[Finding, ...]
     stages: Mapping[str, float]  # seconds by stage
     environment: Mapping[str, str]  # versions, machine, seed: what a rebuild would need

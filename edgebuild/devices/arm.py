@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgebuild.devices import machine, roofline, toolchain
 from edgebuild.devices.device import Arrays
 from edgebuild.errors import DeviceError, MissingEnvironment
-from edgebuild.spec import LayerFacts, Measurement, Precision, Target
+from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
 from edgebuild.units import Bytes
 
 TIMEOUT = 300.0  # seconds for loading, and for each inference; mobilenet_v2 takes about 2
@@ -254,3 +254,8 @@ def _pack(inputs: Arrays) -> bytes:
         parts.append(struct.pack(f"<II{array.ndim}Q", _CODES[dtype], array.ndim, *array.shape))
         parts.append(array.astype(dtype, copy=False).tobytes())
     return b"".join(parts)
+
+
+def calibration_error(target: Target, threads: int) -> tuple[CalibrationError, ...]:
+    """None: the roofline is fitted to nothing."""
+    return ()

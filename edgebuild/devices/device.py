@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgebuild.spec import LayerFacts, Measurement, Precision, Target
+from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
 
 Arrays = tuple[NDArray, ...]
 
@@ -58,4 +58,8 @@ class Device(Protocol):
 
     def call_latency(self, target: Target, threads: int) -> float:
         """Predicted seconds of an inference beside its layers."""
+        ...
+
+    def calibration_error(self, target: Target, threads: int) -> tuple[CalibrationError, ...]:
+        """How far off the predictions are on the layers that they were fitted to; empty where nothing was fitted."""
         ...

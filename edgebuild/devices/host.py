@@ -27,7 +27,7 @@ from safetensors import numpy as tensors
 from edgebuild.devices import host_model, host_probes, host_rates, host_worker
 from edgebuild.devices.device import Arrays
 from edgebuild.errors import DeviceError, MissingEnvironment
-from edgebuild.spec import LayerFacts, Measurement, Precision, Target
+from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
 from edgebuild.units import Bytes
 
 TIMEOUT = 120.0  # seconds for an answer, and for starting, which is an import of torch
@@ -266,7 +266,7 @@ def call_latency(target: Target, threads: int) -> float:
     return rates(target, threads).call
 
 
-def calibration_error(target: Target, threads: int) -> tuple[host_model.Error, ...]:
+def calibration_error(target: Target, threads: int) -> tuple[CalibrationError, ...]:
     """How far off the rates are for layers that they were not fitted to, by kind of layer and precision."""
     return rates(target, threads).errors
 

@@ -16,7 +16,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from edgebuild.spec import MODEL_INPUT, LayerFacts, Precision
+from edgebuild.spec import MODEL_INPUT, CalibrationError, LayerFacts, Precision
 
 Array = NDArray[np.float64]
 Sample = tuple[LayerFacts, Precision, float]
@@ -74,23 +74,12 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Error:
-    """Relative errors of the layers of a kind when each is predicted from all others."""
-
-    kind: str
-    precision: Precision
-    layers: int
-    median: float
-    worst: float
-
-
-@dataclass(frozen=True)
 class Rates:
     """All curves, under "kind.precision"; the seconds of a call beside its layers; how far off the curves are."""
 
     call: float
     curves: Mapping[str, Curve]
-    errors: tuple[Error, ...]
+    errors: tuple[CalibrationError, ...]
 
     def seconds(self, layers: Sequence[tuple[LayerFacts, Precision]]) -> Array:
         """Predicted seconds of each layer for a single sample."""
@@ -254,10 +243,10 @@ def _curve(dimensions: Array, seconds: Array, tile: Tile, interpolate: bool = Tr
     return Curve(tile, tuple(unit.tolist()), length, tuple(map(tuple, points.tolist())), tuple(weights.tolist()))
 
 
-def _error(name: str, precision: Precision, dimensions: Array, seconds: Array, curve: Curve) -> Error:
+def _error(name: str, precision: Precision, dimensions: Array, seconds: Array, curve: Curve) -> CalibrationError:
     found = []
     for i in range(len(seconds)):
         others = np.arange(len(seconds)) != i
         trial = _curve(dimensions[others], seconds[others], curve.tile)
         found.append(abs(float(trial.seconds(dimensions[i : i + 1])[0]) / seconds[i] - 1))
-    return Error(name, precision, len(found), float(np.median(found)), float(max(found)))
+    return CalibrationError(name, precision, len(found), float(np.median(found)), float(max(found)))

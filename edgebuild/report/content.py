@@ -274,6 +274,12 @@ def _trust(report: Json) -> Section:
         lines.append("Findings: none.")
     tables = (
         Table("Prediction against what was found", _PREDICTIONS, predictions),
+        Table(
+            "The latency model's own error, each layer predicted from all others",
+            _CALIBRATION,
+            _calibration(report),
+            detail=True,
+        ),
         Table("Trials that the loss estimates were calibrated by", _TRIALS, tuple(map(_trial, report["trials"]))),
         Table("Outputs of the artifact against the original", _PARITY, tuple(map(_parity, report["parity"]))),
         Table("Findings", ("Kind", "Where", "What"), findings),
@@ -320,6 +326,24 @@ def _delegation(report: Json) -> str:
     fallen = [item["where"] for item in report["findings"] if item["kind"] == "fallback"]
     share = f"Delegated: {figure('min_delegated', figures[0])} of the operators." if figures else ""
     return f"{share} Fell back: {', '.join(fallen)}.".strip() if fallen else share
+
+
+_CALIBRATION = ("Target", "Kind", "Precision", "Timed", "Median error, each from all others", "Worst error")
+
+
+def _calibration(report: Json) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (
+            target,
+            row["kind"],
+            row["precision"],
+            str(row["layers"]),
+            str(Percent(row["median"])),
+            str(Percent(row["worst"])),
+        )
+        for target, rows in report["calibration"].items()
+        for row in rows
+    )
 
 
 def _trial(row: Json) -> tuple[str, ...]:
