@@ -98,6 +98,10 @@ def _loaded(name: str, options: argparse.Namespace) -> Loaded:
     else:
         torch.manual_seed(0)
         model = import_torchvision().models.get_model(name, weights=None).eval()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # else all biases are 0, and equal constants are stored once
+                module.bias.data.normal_(0, 0.1)
+                module.running_mean.normal_(0, 0.1)
         images = torch.randn(16, 3, 224, 224, generator=generator)
         task = Task(model, (images[:1],), [images])
     samples = tuple((image.unsqueeze(0),) for image in images)
@@ -197,8 +201,9 @@ def _within(planner: Planner, choose: Choose, original: Original, loaded: Loaded
         choice = choose(planner, tried)
         if choice is None:
             return None
-        steps = planner.profile.distillation.steps
-        proposed = proposal(planner, to_plan(choice, distil=True, distil_steps=steps))
+        cut = bool(choice.widths or choice.forms)  # int8 alone needs no training, whoever chose it
+        steps = planner.profile.distillation.steps if cut else 0
+        proposed = proposal(planner, to_plan(choice, distil=cut, distil_steps=steps))
         tried.append(proposed)
         draft = carry_out(planner, proposed, original, loaded, clock, draft=True)
         if not draft.failed:

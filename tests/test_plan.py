@@ -1,11 +1,12 @@
-"""The search on made-up models: no torch, costs that can be counted by hand."""
+"""Points of the planner's space on made-up models, and plans from and to data: no torch."""
 
 from dataclasses import replace
 
 import pytest
 
-from edgebuild.plan import Choice, Limit, choice_of, reachable, search, to_plan
-from edgebuild.spec import Candidate, ChannelGroup, Form, LayerFacts, ModelFacts, Slot, Width, factors
+from edgebuild.errors import SpecError
+from edgebuild.plan import Choice, checked, choice_of, to_plan
+from edgebuild.spec import ChannelGroup, Form, LayerFacts, ModelFacts, Plan, Slot, Width, factors
 
 
 def conv(name: str, n: int, m: int) -> LayerFacts:
@@ -22,20 +23,6 @@ FACTS = ModelFacts(
         ChannelGroup("b", 64, {"b": Slot(0, 1)}, {"c": Slot(0, 1)}),
     ),
 )
-CANDIDATES = (
-    *(Candidate(Width("a", width, 32), loss) for width, loss in ((24, 0.1), (16, 0.4), (8, 2.0))),
-    *(Candidate(Width("b", width, 64), loss) for width, loss in ((48, 0.05), (32, 0.1), (16, 0.9))),
-    *(Candidate(Form("b", "tucker2", ranks), loss) for ranks, loss in (((32, 16), 0.2), ((16, 8), 1.5))),
-)
-START = Choice(FACTS, "int8")
-
-
-def weights(choice: Choice) -> float:
-    return float(sum(layer.weights for layer, _ in choice.layers()))
-
-
-def limit(bound: float, factor: float = 1.0) -> Limit:
-    return Limit("size", "", bound, weights, factor)
 
 
 def test_widths_and_forms_change_the_layers_that_they_touch():
@@ -46,45 +33,31 @@ def test_widths_and_forms_change_the_layers_that_they_touch():
     assert layers["c"].in_channels == 32
 
 
-def test_nothing_is_done_where_everything_fits():
-    found = search(START, CANDIDATES, [limit(weights(START))])
-    assert found is not None and found[0] == START and found[1] == 0
+def test_conversions_stand_where_precisions_meet():
+    swish = replace(conv("swish", 32, 32), op="hardswish", kernel=(), sources=("a",))
+    layers = (replace(FACTS.layers[0], sources=("",)), swish, replace(FACTS.layers[1], sources=("swish",)))
+    facts = ModelFacts(layers, ())
+    names = [(layer.name, precision) for layer, precision in Choice(facts, "int8").layers()]
+    assert names == [
+        ("input.quantize", "int8"),
+        ("a", "int8"),
+        ("a.dequantize", "int8"),
+        ("swish", "fp32"),
+        ("swish.quantize", "int8"),
+        ("b", "int8"),
+        ("b.dequantize", "int8"),
+    ]
+    kept = [layer.name for layer, _ in Choice(facts, "int8", keep_fp32=frozenset({"a", "b"})).layers()]
+    assert kept == ["a", "swish", "b"]
+    assert [layer.name for layer, _ in Choice(facts, "fp32").layers()] == ["a", "swish", "b"]
 
 
-@pytest.mark.parametrize("share", [0.9, 0.7, 0.5, 0.3, 0.2])
-def test_the_limit_is_kept_and_nothing_is_given_away(share):
-    bound = share * weights(START)
-    found = search(START, CANDIDATES, [limit(bound)])
-    assert found is not None
-    choice, loss = found
-    assert weights(choice) <= bound
-    for layer in choice.forms:  # undoing any step breaks the limit or makes a form that does not pay
-        trial = replace(choice, forms={k: v for k, v in choice.forms.items() if k != layer})
-        assert weights(trial) > bound or not trial.sound()
-    assert loss > 0
-
-
-def test_what_measurements_said_tightens_the_plan():
-    bound = 0.6 * weights(START)
-    plain, corrected = search(START, CANDIDATES, [limit(bound)]), search(START, CANDIDATES, [limit(bound, 1.5)])
-    assert plain is not None and corrected is not None
-    assert weights(corrected[0]) <= bound / 1.5 < weights(plain[0])
-
-
-def test_a_plan_is_not_given_twice():
-    bound = [limit(0.6 * weights(START))]
-    first = search(START, CANDIDATES, bound)
-    assert first is not None
-    second = search(START, CANDIDATES, bound, [first[0]])
-    assert second is not None and second[0] != first[0] and weights(second[0]) <= bound[0].bound
-
-
-def test_what_cannot_be_is_none_and_the_smallest_value_is_named():
-    assert search(START, CANDIDATES, [limit(10)]) is None
-    (row,) = reachable(START, CANDIDATES, [limit(10)])
-    assert not row.feasible
-    nearest = search(START, CANDIDATES, [limit(row.smallest)])
-    assert nearest is not None and weights(nearest[0]) <= row.smallest
+def test_a_tensor_is_converted_once_for_all_its_readers():
+    first = replace(FACTS.layers[0], sources=("",))
+    readers = tuple(replace(conv(name, 32, 4), sources=("a",)) for name in ("b", "c"))
+    facts = ModelFacts((first, *readers), ())
+    names = [layer.name for layer, _ in Choice(facts, "int8", keep_fp32=frozenset({"b", "c"})).layers()]
+    assert names.count("a.dequantize") == 1
 
 
 def test_a_plan_survives_the_way_to_data_and_back():
@@ -93,6 +66,9 @@ def test_a_plan_survives_the_way_to_data_and_back():
     assert choice_of(FACTS, plan) == choice
     assert plan.widths == (Width("a", 16, 32),)
     assert plan.techniques == ("quantize", "prune", "factorize")
+    assert checked(FACTS, plan) == plan
+    mixed = replace(choice, keep_fp32=frozenset({"c"}))
+    assert choice_of(FACTS, to_plan(mixed)) == mixed
 
 
 def test_factors_of_a_strided_convolution():
@@ -100,3 +76,47 @@ def test_factors_of_a_strided_convolution():
     first, second = factors(layer, Form("s", "spatial", (8,)))
     assert (first.kernel, first.stride, first.positions) == ((3, 1), (2, 1), 4 * 8)
     assert (second.kernel, second.stride, second.positions) == ((1, 3), (1, 2), 16)
+
+
+TIED = ModelFacts(
+    layers=(conv("stem", 3, 32), conv("inner", 32, 32), conv("outer", 32, 32), conv("last", 32, 10)),
+    groups=(
+        ChannelGroup(
+            "stem",
+            32,
+            {"stem": Slot(0, 1), "outer": Slot(0, 1)},
+            {"inner": Slot(0, 1), "last": Slot(0, 1)},
+        ),
+        ChannelGroup("inner", 32, {"inner": Slot(0, 1)}, {"outer": Slot(0, 1)}),
+    ),
+    unprunable={"last": "its channels are the model's output"},
+)
+
+
+def test_a_width_may_name_any_layer_of_its_group():
+    plan = Plan(widths=(Width("outer", 16, 32), Width("stem", 16, 32), Width("inner", 32, 32)))
+    assert checked(TIED, plan).widths == (Width("stem", 16, 32),)
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (Plan(widths=(Width("stem", 16, 32), Width("outer", 24, 32))), "'outer'.*'stem'.*channels are the same"),
+        (Plan(widths=(Width("inner", 40, 32),)), "40 of 32 channels of layer 'inner', which has 32"),
+        (Plan(widths=(Width("inner", 16, 64),)), "16 of 64 channels of layer 'inner', which has 32"),
+        (Plan(widths=(Width("last", 5, 10),)), "'last', whose channels are fixed: its channels are the model's output"),
+        (Plan(widths=(Width("iner", 16, 32),)), "'iner', which the model does not have.*'inner'"),
+        (Plan(forms=(Form("outer", "svd", (8,)),)), "'outer' by svd"),
+        (
+            Plan(widths=(Width("inner", 8, 32),), forms=(Form("outer", "tucker2", (16, 16)),)),
+            "'outer' the ranks \\(16, 16\\) for tucker2, at most \\(32, 8\\) with 8 channels in",
+        ),
+        (Plan(forms=(Form("outer", "spatial", (8, 8)),)), "'outer' the ranks"),
+        (Plan(forms=2 * (Form("outer", "spatial", (8,)),)), "factorizes layer 'outer' twice"),
+        (Plan(keep_fp32=("nowhere",)), "'nowhere', which the model does not have"),
+        (Plan(distil=True), "distils for 0 steps"),
+    ],
+)  # fmt: skip
+def test_an_inconsistent_plan_is_refused_with_the_layers_name(plan, said):
+    with pytest.raises(SpecError, match=said):
+        checked(TIED, plan)

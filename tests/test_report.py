@@ -21,15 +21,21 @@ from edgebuild import report
 from edgebuild.errors import SpecError
 from edgebuild.spec import (
     Accuracy,
+    CalibrationError,
+    Dropped,
     Finding,
     Form,
+    FrontierPoint,
     LayerRow,
     Measurement,
     Parity,
     Plan,
+    Prediction,
     Reachable,
     Report,
     Round,
+    Solve,
+    Trial,
     Verdict,
     Width,
 )
@@ -81,8 +87,33 @@ BUILT = Report(
         LayerRow("conv1", "conv2d", "16 to 12 channels", "int8", (160, 120), (7840, 5880), {PI: 1e-5}, 0.002),
         LayerRow("head", "linear", "", "fp32", (650, 650), (640, 640), {PI: 2e-5}, 0.0),
     ),
-    rounds=(Round(1, PLAN, "ab" * 32, 34 * 1024, VERDICTS[:2], "400 steps", {"latency on host": 1.2345}, False),),
-    reachable=(Reachable("latency", PI, 0.010, 0.0031, True), Reachable("size", "", 1 << 20, 9216, True)),
+    rounds=(
+        Round(
+            number=1,
+            plan=PLAN,
+            draft=False,
+            artifact_sha256="ab" * 32,
+            size=34 * 1024,
+            verdicts=VERDICTS[:2],
+            predictions=(Prediction("latency", "host", 0.0002, 0.00021, "measured", -0.0476),),
+            estimated_loss=0.031,
+            loss=0.0042,
+            score=0.9723,
+            training="400 steps",
+            solve=Solve("optimal", 0.31, 0.05, 0.004, 1, 93, 977, 224),
+            corrections={"latency on host": 1.2345},
+            met=False,
+        ),
+    ),
+    reachable=(Reachable("latency", PI, 0.010, 0.0031, True, None), Reachable("size", "", 1 << 20, 9216, True, None)),
+    frontier=(
+        FrontierPoint(
+            "latency on host", 0.0002, {"latency on host": 0.00019, "size": 40_000.0}, 0.0123, 0.01, chosen=True
+        ),
+    ),
+    dropped=(Dropped("conv1", "width 12", "costs as much as 16 on every budget"),),
+    trials=(Trial("prune", 3, 0.01, 0.013),),
+    calibration={"host": (CalibrationError("igemm", "int8", 40, 0.009, 0.07),)},
     findings=(Finding("fallback", "relu | 3", "aten.relu_ (model.py:12)"), Finding("note", "x", "a\nb <b>*c*</b> `d`")),
     stages={"lower": 3.2, "analyse": 0.5, "distil": 75.0},
     environment={"torch": "2.13.0", "seed": "0", "edgebuild": "0.1.0"},
@@ -102,7 +133,11 @@ INFEASIBLE = replace(
     measurements=(),
     layers=(),
     rounds=(),
-    reachable=(Reachable("latency", PI, 0.001, 0.0031, False), Reachable("throughput", "host", 9e4, 31234.0, False)),
+    reachable=(
+        Reachable("latency", PI, 0.001, 0.0031, False, None),
+        Reachable("throughput", "host", 9e4, 31234.0, False, None),
+    ),
+    frontier=(),
     findings=(),
     build_id="",
 )
@@ -279,7 +314,15 @@ def test_markdown_findings_and_parity():
     host = table(text, "SQNR")[1]
     assert (host["SQNR"], host["Top-1 agreement"], host["Agrees"]) == ("31.3 dB", "93.75 %", "no")
     assert host["Diverges first at"] == "conv2"
-    assert table(text, "Prediction off by")[1]["Prediction off by"] == "-25.0 %"
+    (predicted,) = table(text, "Prediction off by")
+    assert (predicted["Round"], predicted["Budget"], predicted["Prediction off by"]) == (
+        "1",
+        "latency on host",
+        "-4.8 %",
+    )
+    (fitted,) = table(text, "Timed")
+    assert (fitted["Kind"], fitted["Worst error"]) == ("igemm", "7 %")
+    assert table(text, "Loss found (nats)")[0]["Loss found (nats)"] == "0.013"
     assert table(text, "Value", "What")[1] == {"What": "seed", "Value": "0"}
     assert "Delegated: 100 % of the operators. Fell back: relu \\| 3." in text
     assert "Time by stage: distil 1.25 min, lower 3.2 s, analyse 500 ms." in text
@@ -292,17 +335,40 @@ def test_markdown_rounds_and_reachable():
     assert row["Corrections"] == "latency on host x 1.23"
     assert "latency on raspberry-pi-4 12 ms fail" in row["Found"]
     assert table(text, "Feasible")[0]["Best that a plan reaches"] == "3.1 ms"
+    assert row["Loss estimated, found (nats)"] == "0.031, 0.0042"
+    (solve,) = table(text, "Binaries")
+    assert (solve["Status"], solve["Gap"], solve["Binaries"]) == ("optimal", "0.4 %", "93")
+    point, built = table(text, "Along")
+    assert (point["Latency on host"], point["Size"], point["Loss estimate (nats)"]) == ("190 us", "39.06 KiB", "0.0123")
+    assert (built["Latency on host"], built["Accuracy"]) == ("210 us", "0.9723")
+    assert table(text, "Candidate")[0] == {
+        "Where": "conv1",
+        "Candidate": "width 12",
+        "Why": "costs as much as 16 on every budget",
+    }
 
 
-def test_an_infeasible_build_names_what_binds():
-    data = as_dict(INFEASIBLE)
-    text = report.markdown(data)
-    assert "What binds: latency on raspberry-pi-4, ≤ 1 ms; the nearest feasible value is 3.1 ms." in text
-    assert "What binds: throughput on host, ≥ 90,000 /s; the nearest feasible value is 31,234 /s." in text
+def test_an_infeasible_build_says_in_two_lines_what_binds_and_what_would_do():
+    text = report.markdown(as_dict(INFEASIBLE))
+    assert (
+        "What binds: latency on raspberry-pi-4: 1 ms asked, no plan is below 3.1 ms; "
+        "throughput on host: 90,000 /s asked, no plan is above 31,234 /s." in text
+    )
+    assert "Nearest feasible: none by changing one budget alone." in text
     assert "Nothing: there is no plan to carry out." in text
-    assert "the nearest feasible value is 3.1 ms" in shown(INFEASIBLE)
-    together = replace(INFEASIBLE, reachable=tuple(replace(row, feasible=True) for row in INFEASIBLE.reachable))
-    assert "but not all of them together" in report.markdown(as_dict(together))
+
+    first, second = INFEASIBLE.reachable
+    one = replace(INFEASIBLE, reachable=(replace(first, nearest=0.0032, measured=True), replace(second, feasible=True)))
+    text = report.markdown(as_dict(one))
+    assert "What binds: latency on raspberry-pi-4: 1 ms asked, no plan is below 3.1 ms." in text
+    nearest = "latency on raspberry-pi-4 3.2 ms (measured on a plan that was built for it)"
+    assert f"Nearest feasible: {nearest}, every other budget as asked." in text
+    assert "every other budget as asked" in shown(one).replace("\n", " ")
+
+    alone = tuple(replace(row, feasible=True, nearest=row.smallest) for row in INFEASIBLE.reachable)
+    text = report.markdown(as_dict(replace(INFEASIBLE, reachable=alone)))
+    assert "each could be met alone, but not all of them together" in text
+    assert " 3.1 ms (predicted) or throughput on host 31,234 /s (predicted), every other budget as asked." in text
 
 
 # ------------------------------------------------------------------------------------------------------ terminal
@@ -381,7 +447,7 @@ def test_junit_of_an_infeasible_build_fails():
     root = ET.fromstring(report.junit(as_dict(INFEASIBLE)).encode())
     assert root.get("failures") == "1"
     (failure,) = root.findall("testsuite/testcase/failure")
-    assert "nearest feasible value is 3.1 ms" in failure.get("message", "")
+    assert "1 ms asked, no plan is below 3.1 ms" in failure.get("message", "")
 
 
 # ------------------------------------------------------------------------------------------------------- any text

@@ -14,6 +14,7 @@ from edgebuild.report.figures import (
     named,
     of,
     plural,
+    share,
     signed,
     subject,
 )
@@ -312,7 +313,7 @@ def _parity(row: Json) -> tuple[str, ...]:
         row["reference"],
         f"{row['samples']:,}",
         unknown if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB",
-        NONE if row["agreement"] is None else str(Percent(row["agreement"])),
+        share(row["agreement"]),
         "yes" if row["bit_exact"] else "no",
         "not finite" if row["max_abs"] is None else f"{row['max_abs']:.3g}",
         "yes" if row["ok"] else "no",
@@ -338,8 +339,8 @@ def _calibration(report: Json) -> tuple[tuple[str, ...], ...]:
             row["kind"],
             row["precision"],
             str(row["layers"]),
-            str(Percent(row["median"])),
-            str(Percent(row["worst"])),
+            share(row["median"]),
+            share(row["worst"]),
         )
         for target, rows in report["calibration"].items()
         for row in rows
@@ -375,17 +376,17 @@ def _frontier_columns(report: Json) -> tuple[str, ...]:
 
 def _frontier(report: Json) -> list[tuple[str, ...]]:
     """The planner's points, then the plans that were built."""
+    names = report["frontier"][0]["predicted"] if report["frontier"] else ()
     rows = [
         (
             point["axis"],
-            *(figure(name.partition(" ")[0], value) for name, value in point["predicted"].items()),
+            *(figure(name.partition(" ")[0], point["predicted"].get(name)) for name in names),
             figure("", point["loss"]),
             NONE,
             "this plan" if point["chosen"] else "",
         )
         for point in report["frontier"]
     ]
-    names = report["frontier"][0]["predicted"] if report["frontier"] else ()
     for row in report["rounds"] if rows else ():
         found = {subject({"kind": p["quantity"], "target": p["target"]}): p["found"] for p in row["predictions"]}
         cells = [figure(name.partition(" ")[0], found.get(name)) for name in names]
@@ -401,7 +402,7 @@ _SOLVES = ("Round", "Status", "Solver", "Writing it down", "Gap", "Binaries", "C
 def _solve(row: Json) -> tuple[str, ...]:
     solve = row["solve"]
     times = (figure("latency", solve[key]) for key in ("seconds", "building"))
-    gap = NONE if solve["gap"] is None else str(Percent(solve["gap"]))
+    gap = share(solve["gap"])
     counts = (f"{solve[key]:,}" for key in ("binaries", "columns", "rows", "nodes"))
     return (str(row["number"]), solve["status"], *times, gap, *counts)
 

@@ -54,6 +54,11 @@ def subject(row: Json) -> str:
     return named(row["kind"]) + (f" on {row['target']}" if row["target"] else "")
 
 
+def share(value: float | None) -> str:
+    """A share as a percentage."""
+    return NONE if value is None else str(Percent(value))
+
+
 def signed(share: float | None) -> str:
     """A share as a signed percentage."""
     return NONE if share is None else f"{100 * share:+,.1f} %"

@@ -55,9 +55,11 @@ def terminal(report: dict[str, Any], console: Console) -> None:
         for table in section.tables:
             if table.detail or not table.rows:
                 continue
+            used = [k for k in range(len(table.columns)) if any(row[k] for row in table.rows)]
+            if not used:
+                continue
             if table.title:
                 console.print(text(table.title, "italic"))
-            used = [k for k in range(len(table.columns)) if any(row[k] for row in table.rows)]
             cells = [[text(row[k], _STYLES.get(row[k], "")) for k in used] for row in (table.columns, *table.rows)]
             grid = RichTable(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
             for column, width in zip(cells[0], _widths(cells, console.width), strict=True):
