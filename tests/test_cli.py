@@ -125,13 +125,57 @@ def test_no_qemu_is_exit_4_with_the_command(tmp_path, empty_cache):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_impossible_budget_is_exit_3_with_what_binds(tmp_path):
+def test_an_impossible_budget_is_exit_3_and_the_nearest_value_that_it_names_is_feasible(tmp_path):
     write(tmp_path, profile=PROFILE.replace("1 MiB", "1 KiB"))
     result = run("build", ".", "-p", "p.toml", "-o", "out", "--json", "report.json", cwd=tmp_path)
     assert result.returncode == 3, result.stderr
+    printed = " ".join(result.stdout.split())
+    assert "What binds: size: 1 KiB asked, no plan is below" in printed
+    assert "(measured on a plan that was built for it), every other budget as asked." in printed
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["outcome"] == "infeasible" and "size binds, 1 KiB asked, nearest feasible" in report["summary"]
+    assert report["outcome"] == "infeasible" and "size binds" in report["summary"]
     assert not (tmp_path / "out").exists()
+    (row,) = report["reachable"]
+    assert row["measured"] and row["smallest"] <= row["nearest"]
+
+    (tmp_path / "p.toml").write_text(
+        PROFILE.replace("1 MiB", f"{row['nearest']:.0f} B").replace("[budgets]", "[distillation]\nsteps = 4\n[budgets]")
+    )
+    proof = run("build", ".", "-p", "p.toml", "-o", "out", cwd=tmp_path)
+    assert proof.returncode == 0, proof.stdout + proof.stderr
+    (artifact,) = (tmp_path / "out").glob("*.pte")
+    assert artifact.stat().st_size <= row["nearest"]
+
+
+def test_a_plan_is_printed_edited_and_built(tmp_path):
+    write(
+        tmp_path,
+        profile=PROFILE.replace("1 MiB", "24 KiB").replace("[budgets]", "[distillation]\nsteps = 4\n[budgets]"),
+    )
+    planned = run("plan", ".", "-p", "p.toml", "-o", "plan.json", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert "solver: optimal" in planned.stdout and "24 KiB" in planned.stdout
+    assert not (tmp_path / "build").exists()
+
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["widths"], plan["forms"] = [{"group": "3", "channels": 24, "of": 48}], []
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    built = run("build", ".", "-p", "p.toml", "-o", "out", "--plan", "plan.json", cwd=tmp_path)
+    assert built.returncode in (0, 1), built.stderr
+    used = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert used["widths"] == plan["widths"] and used["forms"] == []
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())["rounds"]) == 1
+
+    for edited, said in (
+        ({"widths": [*plan["widths"], {"group": "3", "channels": 16, "of": 48}]}, "layer '3'"),
+        ({"widths": [{"group": "5", "channels": 2, "of": 4}]}, "layer '5', whose channels are fixed"),
+        ({"width": []}, "perhaps you meant 'widths'"),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps({**plan, **edited}))
+        refused = run("build", ".", "-p", "p.toml", "-o", "none", "--plan", "bad.json", cwd=tmp_path)
+        assert refused.returncode == 2, refused.stderr
+        assert said in errors(refused)[0]
+        assert not (tmp_path / "none").exists()
 
 
 def test_a_read_only_output_is_refused_before_the_work(tmp_path):
