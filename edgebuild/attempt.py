@@ -48,6 +48,12 @@ class Attempt:
     findings: tuple[Finding, ...]
 
     @property
+    def plan(self) -> Plan:
+        """The plan as it was carried out."""
+        plan = self.proposal.plan
+        return replace(plan, distil=False, distil_steps=0) if self.draft else plan
+
+    @property
     def failed(self) -> list[Verdict]:
         return [verdict for verdict in self.verdicts if verdict.status == "fail"]
 

@@ -168,9 +168,6 @@ def _nearest(
     return tuple(rows)
 
 
-# ------------------------------------------------------------------------------------------------------ a round
-
-
 def _only_accuracy_broke(last: Attempt) -> bool:
     return bool(last.failed) and all(verdict.kind == "accuracy_drop" for verdict in last.failed)
 
@@ -216,10 +213,9 @@ def _factor(found: float, predicted: float, kind: str) -> float:
 
 
 def _round(number: int, attempt: Attempt, factors: Factors) -> Round:
-    plan = attempt.proposal.plan
     return Round(
         number=number,
-        plan=replace(plan, distil=False, distil_steps=0) if attempt.draft else plan,
+        plan=attempt.plan,
         draft=attempt.draft,
         artifact_sha256=attempt.built.sha256,
         size=len(attempt.built.artifact.data),

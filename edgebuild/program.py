@@ -381,7 +381,7 @@ class _Program:
             step.makes: self.space.facts.layer(step.makes[0]) for step in whole.steps if step.makes[0] != MODEL_INPUT
         }
         inputs = {step.makes: step.layer for step in whole.steps if step.makes[0] == MODEL_INPUT}
-        steps = set(whole.alive())
+        steps = dict.fromkeys(whole.alive())  # in the schedule's order: the rows must not depend on a hash
         found = []
         for step in (step for step in steps if not any(step < other for other in steps)):
             row: Row = {}
