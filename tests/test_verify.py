@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from edgebuild import verify
+from edgebuild.attempt import HOST, artifact_file
 from edgebuild.backends import xnnpack
 from edgebuild.devices import DEVICES
 from edgebuild.lift import lift
-from edgebuild.loop import HOST, artifact_file
 from edgebuild.spec import Budget, Measurement
 from edgebuild.transforms import quantize
 

@@ -3,10 +3,10 @@
 import pytest
 
 from edgebuild import verify
+from edgebuild.attempt import HOST, artifact_file
 from edgebuild.backends import BACKENDS
 from edgebuild.devices import DEVICES
 from edgebuild.lift import lift
-from edgebuild.loop import HOST, artifact_file
 from edgebuild.transforms import quantize
 
 
