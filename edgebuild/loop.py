@@ -10,7 +10,18 @@ from edgebuild.costs import Factors
 from edgebuild.errors import BackendError, TransformError
 from edgebuild.load import Loaded
 from edgebuild.plan import Choice
-from edgebuild.propose import Planner, Proposal, more_training, natural, nearest, proposal, propose, reachable, start
+from edgebuild.propose import (
+    Planner,
+    Proposal,
+    askable,
+    more_training,
+    natural,
+    nearest,
+    proposal,
+    propose,
+    reachable,
+    start,
+)
 from edgebuild.realise import Base
 from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
 
@@ -164,7 +175,7 @@ def _nearest(
                 value, measured = max(value, natural(row.kind, found)), True
         except (TransformError, BackendError) as error:
             findings.append(Finding("skipped", "nearest feasible", f"the plan could not be built: {error}"))
-        rows.append(replace(row, nearest=natural(row.kind, value), measured=measured))
+        rows.append(replace(row, nearest=askable(row.kind, value), measured=measured))
     return tuple(rows)
 
 

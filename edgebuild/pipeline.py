@@ -18,7 +18,7 @@ from edgebuild.lift import batch_is_free, lift
 from edgebuild.load import Loaded, load
 from edgebuild.loop import Found, improve
 from edgebuild.plan import checked, choice_of
-from edgebuild.propose import Planner, Proposal, fits, frontier, natural, nearest, propose, reachable, start
+from edgebuild.propose import Planner, Proposal, askable, fits, frontier, nearest, propose, reachable, start
 from edgebuild.realise import Base, prepare, train
 from edgebuild.space import Limit
 from edgebuild.spec import (
@@ -93,7 +93,7 @@ def _with_nearest(planner: Planner, row: Reachable, limit: Limit) -> Reachable:
     found = nearest(planner, limit)
     if found is None or found.predicted[limit.kind, limit.target] <= limit.bound:
         return row
-    return replace(row, nearest=natural(row.kind, found.predicted[limit.kind, limit.target]))
+    return replace(row, nearest=askable(row.kind, found.predicted[limit.kind, limit.target]))
 
 
 def build(request: Request, tell: Tell) -> Report:

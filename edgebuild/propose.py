@@ -38,6 +38,7 @@ AIM: Mapping[str, float] = {
 }
 MOST_DISTILLATION = 4  # times the steps that the profile asks for
 NEAREST_GAP = 1e-3
+PRINTED = 1.002  # figures are printed with four digits
 FRONTIER_POINTS, FRONTIER_GAP, FRONTIER_TIME = 6, 0.03, 4.0  # by axis; seconds for each
 
 
@@ -177,6 +178,14 @@ def nearest(planner: Planner, limit: Limit) -> Proposal | None:
         return None
     plan = to_plan(found.choice, base=planner.base.name, why=(f"the least {name(limit)}, every other budget as asked",))
     return proposal(planner, plan, found.solve)
+
+
+def askable(kind: str, value: float) -> float:
+    """The bound to name for a least value of a limit, in the budget's own unit.
+
+    A little wider, so that it holds when it is asked for as it is printed, and when it is measured once more.
+    """
+    return natural(kind, value * PRINTED / AIM[kind])
 
 
 def natural(kind: str, value: float) -> float:

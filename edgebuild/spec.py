@@ -668,8 +668,8 @@ class Round:
 class Reachable:
     """What plans can reach for a budget, as predicted (a figure that was `measured` on a built plan is marked so).
 
-    `smallest`: with the other budgets left aside, `feasible` where that is within the bound. `nearest`: with all
-    other budgets as asked; None where they cannot be met whatever this one is.
+    `smallest`: with the other budgets left aside, `feasible` where that is within the bound. `nearest`: a bound just
+    above the least that can be kept with all other budgets as asked; None where they cannot be met whatever it is.
     """
 
     kind: BudgetKind
