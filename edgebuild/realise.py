@@ -132,7 +132,7 @@ def realise(
         model, training = trained, f"{training}; {how}".lstrip("; ")
     lowered: nn.Module = model
     if plan.precision == "int8":
-        lowered = quantize.apply(model, inputs, loaded.samples, backend.quantizer(plan.keep_fp32))
+        lowered = quantize.apply(model, inputs, loaded.samples, backend.quantizer(_kept(plan)))
     loss = trials.distance(base.model, lowered, samples, logits)
     if plan.precision == "int8" and not plan.distil:
         losses["quantize"] = loss - sum(losses.values())
@@ -140,6 +140,12 @@ def realise(
     built = Built(artifact, tuple(eager(lowered, samples)), training, False, loss, losses, lowered)
     _write(name, built)
     return built
+
+
+def _kept(plan: Plan) -> tuple[str, ...]:
+    """The layers that stay fp32, a factorized one by the names of its factors."""
+    factors = [f"{form.layer}.{i}" for form in plan.forms if form.layer in plan.keep_fp32 for i in range(3)]
+    return (*plan.keep_fp32, *factors)
 
 
 def compress(

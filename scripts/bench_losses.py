@@ -28,9 +28,10 @@ sys.path.insert(0, str(ROOT))
 
 from edgebuild import realise, trials  # noqa: E402
 from edgebuild.backends import xnnpack  # noqa: E402
+from edgebuild.errors import SpecError  # noqa: E402
 from edgebuild.lift import lift  # noqa: E402
 from edgebuild.load import Loaded, load  # noqa: E402
-from edgebuild.plan import choice_of  # noqa: E402
+from edgebuild.plan import checked  # noqa: E402
 from edgebuild.spec import Candidate, Cast, Form, Plan, Profile, Technique, Width  # noqa: E402
 from edgebuild.task import Task  # noqa: E402
 from edgebuild.transforms import quantize  # noqa: E402
@@ -132,6 +133,15 @@ def read(archive: zipfile.ZipFile, part: str, count: int) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(x, dtype=np.float32)).permute(2, 0, 1) for x in images])
 
 
+def _sound(base: realise.Base, plan: Plan) -> bool:
+    """Whether every form still fits its layer at the plan's widths."""
+    try:
+        checked(base.facts, plan)
+    except SpecError:
+        return False
+    return True
+
+
 def draw(base: realise.Base, mix: Sequence[Technique], rng: np.random.Generator) -> tuple[Candidate, ...]:
     """A random plan: how much of the model changes and how far it may go are drawn first, so that severities spread."""
     places: dict[tuple[Technique, str], list[Candidate]] = {}
@@ -149,7 +159,7 @@ def draw(base: realise.Base, mix: Sequence[Technique], rng: np.random.Generator)
             changes, which = rng.random() < share, int(rng.integers(len(mildest)))
             if technique in mix and (changes or always):
                 chosen.append(mildest[which])
-        if chosen and choice_of(base.facts, plan_of(chosen)).sound():
+        if chosen and _sound(base, plan_of(chosen)):
             return tuple(chosen)
 
 
@@ -164,7 +174,9 @@ def plan_of(chosen: Sequence[Candidate]) -> Plan:
 def build(base: realise.Base, plan: Sequence[Candidate], loaded: Loaded, held_out: Tensor) -> float:
     """The KL divergence (nats) of the plan's model from the original."""
     inputs, forms = loaded.task.example_inputs, plan_of(plan).forms
-    model = realise.compress(base, plan_of(plan), inputs)
+    model = base.model
+    for _, changed in realise.compress(base, plan_of(plan), inputs):
+        model = changed
     cast = {candidate.choice.layer for candidate in plan if isinstance(candidate.choice, Cast)}
     if cast:
         kept = {layer.name for layer in base.facts.layers if layer.weighted} - cast
