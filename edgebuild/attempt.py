@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import fx
@@ -14,6 +14,7 @@ from edgebuild.clock import Clock
 from edgebuild.devices import DEVICES, Arrays
 from edgebuild.errors import DeviceError
 from edgebuild.load import Loaded
+from edgebuild.plan import Choice
 from edgebuild.propose import Planner, Proposal
 from edgebuild.realise import Base, Built, realise
 from edgebuild.spec import (
@@ -50,8 +51,7 @@ class Attempt:
     @property
     def plan(self) -> Plan:
         """The plan as it was carried out."""
-        plan = self.proposal.plan
-        return replace(plan, distil=False, distil_steps=0) if self.draft else plan
+        return self.proposal.draft if self.draft else self.proposal.plan
 
     @property
     def failed(self) -> list[Verdict]:
@@ -86,13 +86,13 @@ def take_original(base: Base, loaded: Loaded, profile: Profile, targets: Sequenc
         score = verify.score(loaded, base.model) if loaded.task.evaluate is not None else None
     with clock.stage("lower", "lowering the original in fp32"):
         built = realise(base, Plan(precision="fp32"), loaded, profile, base.model, clock.training)
-    layers = tuple((layer, "fp32") for layer in base.facts.layers)
+    layers = Choice(base.facts, "fp32").layers()
     measurements: list[Measurement] = []
     with artifact_file(built.artifact) as artifact, clock.stage("measure", "measuring the original"):
         for target in _with_host(targets):
             inputs = [verify.to_arrays(sample) for sample in loaded.samples[:PARITY_SAMPLES]]
             try:
-                measurements += DEVICES[target.device].measure(artifact, target, profile.threads, inputs, layers)  # type: ignore[arg-type]
+                measurements += DEVICES[target.device].measure(artifact, target, profile.threads, inputs, layers)
             except DeviceError as error:
                 clock.tell(f"the original cannot be measured on {target.name}: {error}")
     return Original(base.model, score, built, tuple(measurements))
@@ -101,11 +101,9 @@ def take_original(base: Base, loaded: Loaded, profile: Profile, targets: Sequenc
 def carry_out(
     planner: Planner, proposed: Proposal, original: Original, loaded: Loaded, clock: Clock, draft: bool
 ) -> Attempt:
-    """Build a plan and hold it against the budgets; a draft is not trained, and neither scored nor compared."""
+    """Build a plan and hold it against the budgets; a draft is neither trained nor scored."""
     base, profile, targets = planner.base, planner.profile, planner.targets
-    plan, inputs = proposed.plan, loaded.task.example_inputs
-    if draft:
-        plan = replace(plan, distil=False, distil_steps=0)
+    plan, inputs = proposed.draft if draft else proposed.plan, loaded.task.example_inputs
     words = f"{'drafting' if draft else 'building'}: {', '.join(plan.techniques) or 'no technique'}"
     with clock.stage("distil" if plan.distil else "lower", words):
         built = realise(base, plan, loaded, profile, original.model, clock.training)

@@ -55,10 +55,7 @@ def improve(
     With a `given` plan, it is built and no other. Each plan is lowered and measured before it is trained: training
     changes neither size nor latency nor memory, and takes the time.
     """
-    attempts: list[Attempt] = []
-    rounds: list[Round] = []
-    findings: list[Finding] = []
-    trail = _Trail(attempts, rounds, findings)
+    trail = _Trail([], [], [])
     reach: tuple[Reachable, ...] = ()
     planner: Planner | None = None
     infeasible = False
@@ -69,13 +66,13 @@ def improve(
         with clock.stage("plan", "looking for what each budget could be"):
             reach = reachable(planner)
         if infeasible:
-            reach = _nearest(reach, planner, original, loaded, clock, findings)
-        if given or clock.elapsed > profile.time or any(attempt.outcome == "met" for attempt in attempts):
+            reach = _nearest(reach, planner, original, loaded, clock, trail.findings)
+        if given or clock.elapsed > profile.time or any(attempt.outcome == "met" for attempt in trail.attempts):
             break
     assert planner is not None
-    best = min(attempts, key=lambda attempt: attempt.rank, default=None)
+    best = min(trail.attempts, key=lambda attempt: attempt.rank, default=None)
     infeasible = infeasible and (best is None or best.outcome == "broken")
-    return Found(best, tuple(rounds), reach, infeasible, tuple(findings), planner)
+    return Found(best, tuple(trail.rounds), reach, infeasible, tuple(trail.findings), planner)
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,7 @@ def _nearest(
     for row, limit in zip(reach, planner.limits, strict=True):
         with clock.stage("plan", f"looking for the nearest feasible {row.kind}"):
             proposed = nearest(planner, limit)
-        if proposed is None or proposed.predicted[limit.kind, limit.target] <= limit.bound:
+        if proposed is None:
             rows.append(row)
             continue
         value, measured = proposed.predicted[limit.kind, limit.target], False

@@ -79,7 +79,7 @@ def plan(request: Request, tell: Tell) -> Preview:
     proposed: Proposal | None = start(planner)
     assert proposed is not None
     fitting, solve = fits(planner, proposed), None
-    _, dropped = planner.space(planner.limits)
+    _, dropped = planner.points
     with clock.stage("plan", "planning"):
         if not fitting:
             proposed, solve = propose(planner, [])
@@ -91,7 +91,7 @@ def plan(request: Request, tell: Tell) -> Preview:
 
 def _with_nearest(planner: Planner, row: Reachable, limit: Limit) -> Reachable:
     found = nearest(planner, limit)
-    if found is None or found.predicted[limit.kind, limit.target] <= limit.bound:
+    if found is None:
         return row
     return replace(row, nearest=askable(row.kind, found.predicted[limit.kind, limit.target]))
 
@@ -227,7 +227,7 @@ def _report(
         rounds=found.rounds,
         reachable=found.reachable,
         frontier=curve,
-        dropped=planner.space(planner.limits)[1],
+        dropped=planner.points[1],
         trials=planner.base.trials,
         calibration={
             target.name: DEVICES[target.device].calibration_error(target, profile.threads) for target in targets

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 
 from edgebuild import costs, program, space
@@ -56,6 +57,11 @@ class Proposal:
     solve: Solve | None = None
 
     @property
+    def draft(self) -> Plan:
+        """The plan without its training."""
+        return replace(self.plan, distil=False, distil_steps=0)
+
+    @property
     def total_loss(self) -> float:
         return sum(self.loss.values())
 
@@ -70,13 +76,18 @@ class Planner:
     factors: Factors
     candidates: tuple[Candidate, ...]
 
-    @property
+    @cached_property
     def limits(self) -> tuple[Limit, ...]:
         return costs.limits(self.profile, self.targets, self.base.facts, self.factors)
 
     @property
     def precision(self) -> Precision:
         return "int8" if "quantize" in self.profile.techniques else "fp32"
+
+    @cached_property
+    def points(self) -> tuple[Space, tuple[Dropped, ...]]:
+        """The space within the budgets as they are asked, and what was left out of it."""
+        return self.space(self.limits)
 
     def space(self, limits: Sequence[Limit]) -> tuple[Space, tuple[Dropped, ...]]:
         return space.make(self.base.facts, self.candidates, limits, self.precision)
@@ -158,7 +169,7 @@ def more_training(last: Proposal, profile: Profile) -> Proposal | None:
 def reachable(planner: Planner) -> tuple[Reachable, ...]:
     """For each planned budget the smallest value that any plan reaches, the other budgets left aside."""
     limits = planner.limits
-    points, _ = planner.space(limits)
+    points, _ = planner.points
     rows = []
     for limit in limits:
         alone = program.least(points, [limit], limit, NEAREST_GAP)
@@ -169,12 +180,15 @@ def reachable(planner: Planner) -> tuple[Reachable, ...]:
 
 
 def nearest(planner: Planner, limit: Limit) -> Proposal | None:
-    """The plan with the least of a limit's cost that keeps all other budgets; None where they cannot be kept."""
+    """The plan with the least of a limit's cost that keeps all other budgets.
+
+    None where they cannot be kept, and where the limit is within its bound then: it is not what binds.
+    """
     limits = planner.limits
-    points, _ = planner.space(limits)
+    points, _ = planner.points
     others = [other for other in limits if (other.kind, other.target) != (limit.kind, limit.target)]
     found = program.least(points, [*others, limit], limit, NEAREST_GAP)
-    if found.choice is None:
+    if found.choice is None or limit.predicted(found.choice) <= limit.bound:
         return None
     plan = to_plan(found.choice, base=planner.base.name, why=(f"the least {name(limit)}, every other budget as asked",))
     return proposal(planner, plan, found.solve)
