@@ -1,6 +1,7 @@
 """Finds and reads `targets/*.toml` and `profiles/*.toml`, by name or path. Unknown keys and bare numbers are errors."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 from edgebuild.errors import SpecError, UsageError
-from edgebuild.spec import Budget, Plan, Profile, Target
+from edgebuild.spec import INSTRUCTION_CLASSES, Budget, Core, Plan, Profile, Target
 from edgebuild.units import Bytes, Percent, Quantity, Seconds, Throughput, parse_drop
 
 _PACKAGE = Path(__file__).parent
@@ -53,9 +54,49 @@ def load_target(name: str) -> Target:
     """Read a target by name or path. Raises UsageError where there is none, SpecError where it cannot be read."""
     path = find("targets", name)
     target: Target = _decode(_read(path), Target, path)
-    if target.device == "arm" and (not target.cluster or target.memory is None):
-        raise SpecError(f"{path}: an arm target needs [[cluster]] and [memory]")
+    if target.device == "arm" and (not target.cluster or target.memory is None or target.threads is None):
+        raise SpecError(f"{path}: an arm target needs [[cluster]], [memory] and [threads]")
+    for cluster in target.cluster:
+        load_core(cluster.model)
     return target
+
+
+def load_core(name: str) -> Core:
+    """Read the model of a core by its name. Raises SpecError where it is not complete."""
+    path = folder("targets") / "cores" / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(other.stem for other in path.parent.glob("*.toml"))
+        raise SpecError(f"no model of a core {name!r}", _did_you_mean(name, known))
+    core: Core = _decode(_read(path), Core, path)
+    found = [name for group in core.execution for name in group.classes]
+    for name in found:
+        if name not in INSTRUCTION_CLASSES:
+            raise SpecError(f"{path}: unknown instruction class {name!r}", _did_you_mean(name, INSTRUCTION_CLASSES))
+        if found.count(name) > 1:
+            raise SpecError(f"{path}: the instruction class {name!r} is there twice")
+        port_slots(core, name)
+    if missing := INSTRUCTION_CLASSES.keys() - set(found):
+        raise SpecError(f"{path}: no figures for the instruction classes {', '.join(sorted(missing))}")
+    return core
+
+
+_SLOT = re.compile(r"(?P<ports>\w+(/\w+)*)( x(?P<cycles>\d+))?")
+
+
+def port_slots(core: Core, instruction_class: str) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """What a class takes, slot by slot: the ports of which one is taken, and for how many cycles."""
+    slots = []
+    written = core.of(instruction_class).ports
+    for part in written.split(" + ") if written else ():
+        match = _SLOT.fullmatch(part)
+        if match is None:
+            raise SpecError(f"{core.name}: ports of {instruction_class}: {written!r} is not written as 'F0/F1 x2 + L'")
+        ports = tuple(match["ports"].split("/"))
+        for port in ports:
+            if port not in core.ports:
+                raise SpecError(f"{core.name}: ports of {instruction_class}: {port!r} is not in {list(core.ports)}")
+        slots.append((ports, int(match["cycles"] or 1)))
+    return tuple(slots)
 
 
 def load_profile(name: str) -> Profile:

@@ -10,7 +10,7 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-from edgebuild.units import Bandwidth, Bytes, Hertz, Percent, PerCycle, Seconds
+from edgebuild.units import Bandwidth, Bytes, Hertz, Percent, Seconds
 
 Technique = Literal["quantize", "prune", "factorize", "distil"]
 TECHNIQUES: tuple[Technique, ...] = ("quantize", "prune", "factorize", "distil")
@@ -19,11 +19,30 @@ TECHNIQUES: tuple[Technique, ...] = ("quantize", "prune", "factorize", "distil")
 
 
 @dataclass(frozen=True)
-class Cache:
-    """One level of a core's cache."""
+class L1:
+    """A core's own data cache. Its latency is part of the loads' in the core's model."""
 
     size: Bytes
+    ways: int
     source: str
+    replacement: Literal["lru", "random"] = "lru"
+
+
+@dataclass(frozen=True)
+class SharedCache:
+    """A level below L1; `latency` and `interval` are in cycles of the core.
+
+    `latency`: from a miss above to the data. `interval`: between two lines that the level gives out. `shared`: one for
+    all cores of the cluster, else each core has its own.
+    """
+
+    size: Bytes
+    ways: int
+    latency: int
+    interval: int
+    source: str
+    shared: bool = True
+    replacement: Literal["lru", "random"] = "lru"
 
 
 @dataclass(frozen=True)
@@ -35,21 +54,21 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Peak multiply-accumulates of one core in one clock cycle, by precision."""
+class Memory:
+    """Main memory: its size, latency, and the sustained read bandwidth of one core and of all cores together."""
 
-    fp32: PerCycle
-    int8: PerCycle
+    size: Bytes
+    latency: Seconds
+    one_core: Bandwidth
+    all_cores: Bandwidth
     source: str
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Main memory: its size and the sustained read bandwidth of one core and of all cores together."""
+class Threads:
+    """`fork_join`: seconds to hand a piece of work to the threads of a pool and to wait for the last of them."""
 
-    size: Bytes
-    one_core: Bandwidth
-    all_cores: Bandwidth
+    fork_join: Seconds
     source: str
 
 
@@ -66,18 +85,133 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """How a core takes in instructions.
+
+    `width`: micro-operations dispatched (in-order: instructions issued) in a cycle. `reorder_buffer`: micro-operations
+    in flight, 0 for an in-order core. `store_buffer`: stores waiting to be written. `mispredict`: cycles from a branch
+    that was guessed wrong to the first instruction behind it.
+    """
+
+    order: Literal["in-order", "out-of-order"]
+    width: int
+    reorder_buffer: int
+    store_buffer: int
+    mispredict: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Misses:
+    """How a core asks for memory: L1 lines on the way at once, and lines that its prefetcher runs ahead of a stream."""
+
+    line_fill_buffers: int
+    prefetch: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a core executes a class of instructions.
+
+    `ports` is written as "F0 + F1" (one of each), "I0/I1" (either), "M x8" (busy for 8 cycles), or "" for none.
+    `latency`: cycles until the result can be used; for a load, with the data in L1. `accumulate`: cycles until the next
+    multiply-accumulate can add to the result, where that is less. `micro_ops`: how many of `Pipeline.width` it takes.
+    """
+
+    ports: str
+    latency: int
+    accumulate: int = 0
+    micro_ops: int = 1
+
+
+@dataclass(frozen=True)
+class ExecutionGroup:
+    """Instruction classes whose figures come from one source; the classes are `INSTRUCTION_CLASSES`."""
+
+    source: str
+    classes: Mapping[str, Execution]
+
+
+@dataclass(frozen=True)
+class Core:
+    """A core's microarchitecture, for the simulator; one TOML in `targets/cores/`."""
+
+    name: str
+    title: str
+    ports: tuple[str, ...]
+    pipeline: Pipeline
+    misses: Misses
+    execution: tuple[ExecutionGroup, ...]
+
+    def of(self, instruction_class: str) -> Execution:
+        return next(group.classes[instruction_class] for group in self.execution if instruction_class in group.classes)
+
+
+# What `native/simulator/decode.c` sorts A64 instructions into. _d: up to 64 bits of a vector register, _q: 128 bits.
+INSTRUCTION_CLASSES: Mapping[str, str] = {
+    "nop": "hints, barriers, system registers",
+    "alu": "integer arithmetic and logic, moves, conditional selects",
+    "alu_shift": "the same with a shifted or extended operand; bit fields, extracts, variable shifts",
+    "mul": "integer multiply, multiply-add",
+    "div": "integer division",
+    "branch": "branches, calls, returns",
+    "load": "load to one general register",
+    "load_pair": "LDP to general registers",
+    "load_d": "load of up to 64 bits to a vector register",
+    "load_q": "load of 128 bits to a vector register",
+    "load_pair_d": "LDP to vector registers, up to 64 bits each",
+    "load_pair_q": "LDP to vector registers, 128 bits each",
+    "load_multiple": "LD1 to two to four registers, LD2 to LD4",
+    "load_replicate": "LD1R to LD4R",
+    "load_lane": "LD1 to LD4 of a single lane",
+    "store": "store from general registers, STP included",
+    "store_d": "store of up to 64 bits from a vector register",
+    "store_q": "store of 128 bits from vector registers: STR, STP of two times 64 bits, ST1",
+    "store_pair_q": "STP of two 128-bit registers, ST1 of two",
+    "store_lane": "ST1 to ST4 of a single lane",
+    "prefetch": "PRFM",
+    "atomic": "exclusive and acquire-release accesses, LSE atomics",
+    "fma_d": "floating-point multiply-accumulate, scalar or 64 bits",
+    "fma_q": "floating-point multiply-accumulate, 128 bits",
+    "fmul_d": "floating-point multiplication, scalar or 64 bits",
+    "fmul_q": "floating-point multiplication, 128 bits",
+    "fadd_d": "floating-point addition, comparison, minimum and maximum, scalar or 64 bits",
+    "fadd_q": "floating-point addition, comparison, minimum and maximum, 128 bits",
+    "fdiv": "floating-point division and square root",
+    "fcvt_d": "conversion and rounding, scalar or 64 bits",
+    "fcvt_q": "conversion and rounding, 128 bits",
+    "imac": "integer vector multiply and multiply-accumulate, 64-bit or widening",
+    "imac_q": "integer vector multiply and multiply-accumulate, 128 bits, not widening",
+    "dot": "SDOT, UDOT, USDOT, BFDOT",
+    "matmul": "SMMLA, UMMLA, USMMLA, BFMMLA",
+    "valu_d": "integer vector arithmetic and logic, 64 bits",
+    "valu_q": "integer vector arithmetic and logic, 128 bits",
+    "vshift_d": "vector shift, 64 bits",
+    "vshift_q": "vector shift, saturating narrow, 128 bits",
+    "vaccumulate": "pairwise or absolute-difference accumulate, shift and accumulate, across-vector sums",
+    "permute_d": "ZIP, UZP, TRN, EXT, DUP, INS, 64 bits",
+    "permute_q": "ZIP, UZP, TRN, EXT, DUP, INS, 128 bits",
+    "table": "TBL, TBX",
+    "vector_to_general": "UMOV, SMOV, FMOV to a general register",
+    "general_to_vector": "DUP, INS, FMOV from a general register",
+    "vmov": "vector move immediate, FMOV between vector registers",
+}
+
+
+@dataclass(frozen=True)
 class Cluster:
-    """Equal cores of a target. `qemu_cpu` is the ISA that the simulation gives to them."""
+    """Equal cores of a target. `model` names the file of the core; `qemu_cpu` is the ISA that the simulation has."""
 
     name: str
     core: str
+    model: str
     count: int
     count_source: str
     qemu_cpu: str
     clock: Clock
-    macs: Rates
-    l1d: Cache
-    l2: Cache
+    l1d: L1
+    l2: SharedCache
     identity: Identity
 
 
@@ -86,8 +220,8 @@ class Target:
     """A piece of hardware with its runtime; one TOML in `targets/`.
 
     `device` names the module of `edgebuild.devices` that runs artifacts for it. `cluster` lists the cores, the ones
-    that run the model first; it and `memory` are empty for the host, whose figures are measured and not written down.
-    `latency_error` is the relative error band of a latency that was estimated and not measured.
+    that run the model first; it, `memory` and `threads` are empty for the host, whose figures are measured and not
+    written down. `latency_error` is the relative error band of a latency that was simulated and not measured.
     """
 
     name: str
@@ -95,7 +229,9 @@ class Target:
     device: Literal["host", "arm"]
     status: Literal["measured", "validated", "unvalidated"]
     cluster: tuple[Cluster, ...] = ()
+    l3: SharedCache | None = None
     memory: Memory | None = None
+    threads: Threads | None = None
     latency_error: Percent = Percent(0.0)
     latency_error_source: str = ""
 
