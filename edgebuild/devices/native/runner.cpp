@@ -1,4 +1,6 @@
-// Runs a .pte and answers over its standard input and output: `runner MODEL.pte THREADS`.
+// Runs a .pte and answers over its standard input and output: `runner MODEL.pte THREADS`. In place of the number of
+// threads, `simulate:THREADS` and `sample:THREADS` run one inference on zeros for the simulator, whole or sampled, and print
+// the names of its operators, one a line.
 //
 // Protocol (integers little-endian; the guest is the one that runs this program):
 //   guest, once the model is loaded:  u32 MIDR of the first core as cpuinfo read it
@@ -11,11 +13,15 @@
 // 7 float64, 11 bool. Heap is in bytes above the empty runtime (threads started, nothing loaded) and counts what the model
 // holds; the buffers of this protocol are left out. Anything wrong ends the program with a line on standard error.
 #include "heap.h"
+#include "marks.h"
+#include "pool.h"
+#include "simulation.h"
 
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <unistd.h>
 #include <utility>
@@ -248,12 +254,48 @@ void infer(Model &model, uint32_t count) {
     }
 }
 
+// ------------------------------------------------------------------------------------------------------ simulating
+
+// The second of two inferences counts: the first one fills the caches and lets the runtime set itself up.
+int simulate(const char *path, unsigned threads, bool sampled) {
+    auto *pool = executorch::extension::threadpool::get_threadpool();
+    if (pool == nullptr || !pool->_unsafe_reset_threadpool(1)) fail("the threads cannot be reset");
+    simulation::start(threads, sampled);
+    Module module(path, Module::LoadMode::File, simulation::tracer());
+    if (const Error error = module.load(); error != Error::Ok) {
+        fail("%s is no program that can be loaded: %s", path, executorch::runtime::to_string(error));
+    }
+    require(module.load_method("forward"), "the method `forward` cannot be loaded");
+    const auto meta = module.method_meta("forward");
+    require(meta.error(), "the method `forward` cannot be described");
+    std::vector<TensorPtr> tensors;
+    std::vector<EValue> values;
+    for (size_t i = 0; i < meta->num_inputs(); ++i) {
+        const auto info = meta->input_tensor_meta(i);
+        if (!info.ok()) fail("input %zu of the model is not a tensor", i);
+        tensors.push_back(executorch::extension::zeros(
+            std::vector<SizesType>(info->sizes().begin(), info->sizes().end()), info->scalar_type()));
+        values.emplace_back(*tensors.back());
+    }
+    mark(MARK_FOLLOW);
+    for (int inference = 0; inference < 2; ++inference) {
+        simulation::begin();
+        const auto outputs = module.execute("forward", values);
+        simulation::end();
+        require(outputs.error(), "the inference failed");
+    }
+    for (const std::string &name : simulation::operators()) std::printf("%s\n", name.c_str());
+    return 0;
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
     if (argc != 3) fail("usage: runner MODEL.pte THREADS");
-    const int threads = std::atoi(argv[2]);
+    const char *colon = std::strchr(argv[2], ':');
+    const int threads = std::atoi(colon == nullptr ? argv[2] : colon + 1);
     if (threads < 1) fail("%s is no number of threads", argv[2]);
+    if (colon != nullptr) return simulate(argv[1], static_cast<unsigned>(threads), std::strncmp(argv[2], "sample:", 7) == 0);
     answers = dup(STDOUT_FILENO);
     if (answers < 0 || dup2(STDERR_FILENO, STDOUT_FILENO) < 0) fail("standard output cannot be moved");
 
