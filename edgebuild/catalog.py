@@ -3,10 +3,10 @@
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -186,6 +186,9 @@ def _check_keys(table: Any, kind: Any, path: Path, where: str) -> None:
     if isinstance(table, list):
         for i, item in enumerate(table):
             _check_keys(item, kind, path, f"{where}[{i}]")
+    elif get_origin(kind) is Mapping and isinstance(table, dict):
+        for key, value in table.items():
+            _check_keys(value, get_args(kind)[1], path, f"{where}.{key}")
     elif kinds and isinstance(table, dict):
         hints = get_type_hints(kinds[0])
         known = [field.name for field in fields(kinds[0])]
