@@ -649,6 +649,46 @@ class Measurement:
     detail: str = ""
 
 
+Bound = Literal["issue", "latency", "cache", "memory", "threads"]
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """An operator of an inference on a simulated machine.
+
+    `bounds` splits the seconds by what was waited for: a free issue port, an operand that is being computed, data from
+    a cache below L1 or from memory, the other threads. `instructions` counts those executed by class
+    (INSTRUCTION_CLASSES), `memory_bytes` what moved between the caches and memory. Of the `pieces` that parallel loops
+    consist of, `executed` were executed, and the rest stands for like ones.
+    """
+
+    name: str
+    seconds: float
+    bounds: Mapping[Bound, float]
+    instructions: Mapping[str, int]
+    macs: int
+    l1_misses: int
+    l2_misses: int
+    l3_misses: int
+    memory_bytes: int
+    pieces: int
+    executed: int
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One inference on a simulated machine, in the order in which operators ran."""
+
+    target: str
+    threads: int
+    sampled: bool
+    operators: tuple[OperatorTime, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(operator.seconds for operator in self.operators)
+
+
 @dataclass(frozen=True)
 class Parity:
     """Outputs of an artifact against eager PyTorch on the task's real inputs.

@@ -23,6 +23,7 @@ from edgebuild.errors import MissingEnvironment, UsageError
 INSTALL = "apt-get install -y qemu-user g++-aarch64-linux-gnu"
 NATIVE = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-DC10_USING_CUSTOM_GENERATED_MACROS")
+PLUGIN_FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden")
 LIBRARIES = (
     "executorch",
     "executorch_kernels_optimized",
@@ -61,6 +62,29 @@ def runner() -> Path:
         build_runner(cxx, headers_and_libraries, folder / "runner", link)
 
     return publish(_runner_folder(cxx), make) / "runner"
+
+
+def plugin() -> Path:
+    """The simulator, a plugin of qemu (`native/simulator`), built on first use. Raises MissingEnvironment."""
+    cc = native_compiler()
+    sources = sorted((NATIVE / "simulator").glob("*.c"))
+    headers = [*sorted((NATIVE / "simulator").glob("*.h")), NATIVE / "marks.h"]
+    texts = [path.read_bytes() for path in (*sources, *headers)]
+    key = cache.key(*texts, *PLUGIN_FLAGS, _first_line([str(cc), "--version"]))
+
+    def make(folder: Path) -> None:
+        command = [str(cc), *PLUGIN_FLAGS, *map(str, sources), "-o", str(folder / "simulator.so")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
+            raise MissingEnvironment(f"{cc} cannot build the simulator: {errors[0].strip()}", "it needs GCC 8 or Clang 9")
+
+    return publish(cache.root() / "arm" / f"simulator-{key[:16]}", make) / "simulator.so"
+
+
+def native_compiler() -> Path:
+    """The C compiler of this machine: $EDGEBUILD_CC, else `cc`. Raises MissingEnvironment."""
+    return _program("EDGEBUILD_CC", "cc")
 
 
 def build_runner(cxx: Path, headers_and_libraries: Path, output: Path, *link: str) -> None:

@@ -43,13 +43,13 @@ struct Loop {
 struct Piece {
     std::array<size_t, MAX_DIMENSIONS> index{};
     std::array<size_t, MAX_TILED> size{};
-    size_t tiles = 1;
+    size_t weight = 1;  // how much work it is, among the pieces of its loop
 };
 
 // The piece that begins at a tile and goes on over `joined` tiles of the last dimension.
 Piece piece_at(const Loop &loop, size_t first, size_t joined) {
     Piece piece;
-    piece.tiles = joined;
+    piece.weight = joined;
     for (size_t d = loop.dimensions; d-- > 0;) {
         const size_t count = loop.tiles(d), at = first % count * loop.tile[d];
         first /= count;
@@ -61,21 +61,62 @@ Piece piece_at(const Loop &loop, size_t first, size_t joined) {
     return piece;
 }
 
-// What a thread does with the tiles [first, end).
-void pieces_of(const Loop &loop, size_t first, size_t end, std::vector<Piece> &out) {
-    out.clear();
-    const size_t row = loop.tiles(loop.dimensions - 1);
-    const bool joins = loop.dynamic && loop.tiled > 0 && row > 1 && loop.dimensions > 1;
-    size_t chunk_end = first;
-    while (first < end) {
-        if (!joins) {
-            out.push_back(piece_at(loop, first++, 1));
-            continue;
+// Pieces [first, end). Those in [steady, unsteady) speak for others: they come neither right behind a gap nor at the end of
+// the loop, where a piece may be smaller.
+struct Stretch {
+    size_t first, steady, unsteady, end;
+};
+
+// What one core does: pieces, and the stretches of them that are run.
+struct Work {
+    std::vector<Piece> pieces;
+    std::vector<Stretch> stretches;
+    size_t stretch = 0, at = 0;
+
+    bool done() const { return stretch == stretches.size(); }
+};
+
+constexpr size_t SHORTEST = 4, SHARE = 24;  // pieces in a stretch, and of how many it is one
+constexpr size_t MOST_PIECES = 96;          // that a row is cut into
+
+// Of like pieces, runs a stretch at the start, one at the end, and with `middle` one between.
+void sample(Work &work, size_t first, size_t end, bool middle) {
+    const size_t pieces = end - first, length = std::max(SHORTEST, pieces / SHARE);
+    const size_t warm = std::max<size_t>(length / 4, 1);
+    if (!pool.sampled || pieces < (middle ? 3 : 2) * length + 2) return work.stretches.push_back({first, end, end, end});
+    work.stretches.push_back({first, first + warm, first + length, first + length});
+    if (middle) {
+        const size_t at = first + (pieces - length) / 2;
+        work.stretches.push_back({at, at + warm, at + length, at + length});
+    }
+    work.stretches.push_back({end - length, end - length + warm, end - 1, end});
+}
+
+// Cuts the tiles [first, end) into pieces. A row is all tiles of the last dimension.
+void cut(const Loop &loop, size_t first, size_t end, Work &work) {
+    work = Work{std::move(work.pieces), std::move(work.stretches)};
+    work.pieces.clear();
+    work.stretches.clear();
+    const size_t row = loop.tiles(loop.dimensions - 1), rows = (end - first + row - 1) / row;
+    const bool whole_rows = loop.dynamic && loop.dimensions > 1 && row > 1;
+    if (!whole_rows || loop.tiled < 2 || rows >= 3 * SHORTEST + 2) {
+        while (first < end) {
+            const size_t joined = whole_rows ? std::min(row - first % row, end - first) : 1;
+            work.pieces.push_back(piece_at(loop, first, joined));
+            first += joined;
         }
-        if (first == chunk_end) chunk_end += pool.threads > 1 ? std::max<size_t>((end - first) / 2, 1) : end - first;
-        const size_t joined = std::min(row - first % row, chunk_end - first);
-        out.push_back(piece_at(loop, first, joined));
-        first += joined;
+        return sample(work, 0, work.pieces.size(), true);
+    }
+    // Few rows, of many tiles: a matrix product, a block of channels in a row and a micro-kernel's height in a tile. The
+    // task takes one height after the other, so that it may as well be called for each.
+    while (first < end) {
+        const size_t row_end = std::min(first + row - first % row, end), begun = work.pieces.size();
+        const size_t step = (row_end - first + MOST_PIECES - 1) / MOST_PIECES;
+        for (; first < row_end; first += step) {
+            work.pieces.push_back(piece_at(loop, first, std::min(step, row_end - first)));
+        }
+        first = row_end;
+        sample(work, begun, work.pieces.size(), false);
     }
 }
 
@@ -91,43 +132,23 @@ void call(const Loop &loop, void *task, void *context, long uarch, size_t core, 
     reinterpret_cast<Task>(task)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
 }
 
-// Which of so many pieces are run: the first of each stretch warms up, the others speak for the gaps around them.
-struct Stretch {
-    size_t first, end;
-};
-constexpr size_t STRETCH = 4, LEAST_SAMPLED = 3 * STRETCH + 2;
-
-std::vector<Stretch> stretches(size_t pieces) {
-    if (!pool.sampled || pieces < LEAST_SAMPLED) return {{0, pieces}};
-    const size_t middle = (pieces - STRETCH) / 2;
-    return {{0, STRETCH}, {middle, middle + STRETCH}, {pieces - STRETCH, pieces}};
-}
-
-struct Work {
-    std::vector<Piece> pieces;
-    std::vector<Stretch> stretches;
-    size_t stretch = 0, at = 0;
-
-    bool done() const { return stretch == stretches.size(); }
-};
-
 void step(const Loop &loop, void *task, void *context, long uarch, size_t core, Work &work) {
     const Stretch now = work.stretches[work.stretch];
-    const size_t left = now.end - work.at;
-    // The very last piece may be a smaller one, and does not speak for others.
-    const bool steady = work.at > now.first && work.at + 1 < work.pieces.size();
+    const bool is_last = work.stretch + 1 == work.stretches.size();
+    const size_t next = is_last ? now.end : work.stretches[work.stretch + 1].first;
+    const bool steady = work.at >= now.steady && work.at < now.unsteady;
+    const bool recorded = next > now.end && work.at + 2 >= now.end;
     const Piece &piece = work.pieces[work.at];
-    const bool gap_follows = work.stretch + 1 < work.stretches.size();
-    mark(MARK_CALL, static_cast<long>(core), static_cast<long>(piece.tiles),
-         (steady ? MARK_STEADY : 0) | (gap_follows && left <= 2 ? MARK_RECORD : 0));
+    mark(MARK_CALL, static_cast<long>(core), static_cast<long>(piece.weight),
+         (steady ? MARK_STEADY : 0) | (recorded ? MARK_RECORD : 0));
     call(loop, task, context, uarch, core, piece);
     if (++work.at < now.end) return;
-    if (++work.stretch == work.stretches.size()) return;
-    const size_t next = work.stretches[work.stretch].first;
+    ++work.stretch;
     size_t skipped = 0;
-    for (size_t i = work.at; i < next; ++i) skipped += work.pieces[i].tiles;
-    if (skipped > 0) mark(MARK_SKIP, static_cast<long>(core), static_cast<long>(skipped), static_cast<long>(next - work.at));
-    work.at = next;
+    for (; work.at < next; ++work.at) skipped += work.pieces[work.at].weight;
+    if (skipped > 0) {
+        mark(MARK_SKIP, static_cast<long>(core), static_cast<long>(skipped), static_cast<long>(next - now.end));
+    }
 }
 
 void run(const Loop &loop, void *task, void *context, long uarch) {
@@ -137,12 +158,9 @@ void run(const Loop &loop, void *task, void *context, long uarch) {
     mark(MARK_FORK, static_cast<long>(cores));
     works.resize(std::max(works.size(), cores));
     for (size_t core = 0, first = 0; core < cores; ++core) {
-        Work &work = works[core];
         const size_t end = first + tiles / cores + (core < tiles % cores ? 1 : 0);
-        pieces_of(loop, first, end, work.pieces);
+        cut(loop, first, end, works[core]);
         first = end;
-        work.stretches = stretches(work.pieces.size());
-        work.stretch = work.at = 0;
     }
     for (bool busy = true; busy;) {
         busy = false;

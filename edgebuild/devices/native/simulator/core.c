@@ -15,6 +15,9 @@ struct core {
 
     uint16_t busy[BOOKING];    // ports taken in a cycle
     uint64_t stamp[BOOKING];   // which cycle the slot stands for now
+    struct {
+        uint64_t from, to;
+    } full[MAX_KINDS];         // cycles in which a kind of slot is known to find no port; bookings are never undone
 
     uint64_t ready[REGISTERS];        // when a register can be read
     uint64_t accumulates[REGISTERS];  // when a multiply-accumulate can add to it
@@ -78,15 +81,25 @@ static void take_port(struct core *core, uint64_t cycle, uint16_t port, unsigned
     for (unsigned i = 0; i < cycles; i++) *booked(core, cycle + i) |= port;
 }
 
+// The first cycle from `from` on in which a slot finds a port.
+static uint64_t first_free(struct core *core, struct slot slot, uint64_t from, uint16_t *port) {
+    uint64_t *known_from = &core->full[slot.kind].from, *known_to = &core->full[slot.kind].to;
+    const bool inside = from >= *known_from && from <= *known_to;
+    uint64_t cycle = inside ? *known_to : from;
+    while ((*port = free_port(core, cycle, slot.ports, slot.cycles)) == 0) cycle++;
+    if (!inside) *known_from = from;
+    *known_to = cycle;
+    return cycle;
+}
+
 // Out of order: each micro-operation goes where and when it can. Returns the cycle of the last.
 static uint64_t issue_any(struct core *core, const struct execution *execution, uint64_t from, unsigned repeats) {
     uint64_t last = from;
     for (unsigned i = 0; i < execution->slots; i++) {
         const struct slot slot = execution->slot[i];
         for (unsigned n = i == 0 ? repeats : 1; n > 0; n--) {
-            uint64_t cycle = from;
             uint16_t port;
-            while ((port = free_port(core, cycle, slot.ports, slot.cycles)) == 0) cycle++;
+            const uint64_t cycle = first_free(core, slot, from, &port);
             take_port(core, cycle, port, slot.cycles);
             if (cycle > last) last = cycle;
         }

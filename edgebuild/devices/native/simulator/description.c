@@ -62,6 +62,22 @@ static bool read_line(const char *line, struct description *out, bool seen[CLASS
            sscanf(line, "cores %u %lf", &out->cores, &out->fork_join) == 2;
 }
 
+// Gives equal slots an equal number. False where there are too many.
+static bool number_slots(struct description *d) {
+    struct slot kinds[MAX_KINDS];
+    unsigned count = 0;
+    for (int class = 0; class < CLASS_COUNT; class++)
+        for (unsigned i = 0; i < d->execution[class].slots; i++) {
+            struct slot *slot = &d->execution[class].slot[i];
+            unsigned kind = 0;
+            while (kind < count && (kinds[kind].ports != slot->ports || kinds[kind].cycles != slot->cycles)) kind++;
+            if (kind == MAX_KINDS) return false;
+            if (kind == count) kinds[count++] = *slot;
+            slot->kind = (uint8_t)kind;
+        }
+    return true;
+}
+
 static bool in_range(const struct description *d) {
     return d->width >= 1 && (d->in_order || (d->reorder_buffer >= d->width && d->reorder_buffer <= MAX_REORDER)) &&
            d->store_buffer >= 1 && d->store_buffer <= MAX_STORES && d->fill_buffers >= 1 &&
@@ -88,7 +104,7 @@ bool description_read(const char *path, struct description *out, char *message, 
         }
     if (!right)
         snprintf(message, message_size, "%s: not understood: %.200s", path, line);
-    else if (!(right = in_range(out)))
+    else if (!(right = in_range(out) && number_slots(out)))
         snprintf(message, message_size, "%s: a figure is missing or out of range", path);
     return right;
 }

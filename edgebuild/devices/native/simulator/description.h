@@ -6,12 +6,13 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { MAX_SLOTS = 4, MAX_PORTS = 16, MAX_CORES = 16, MAX_FILL_BUFFERS = 64, MAX_REORDER = 1024, MAX_STORES = 256 };
+enum { MAX_SLOTS = 4, MAX_KINDS = 64, MAX_PORTS = 16, MAX_CORES = 16, MAX_FILL_BUFFERS = 64, MAX_REORDER = 1024, MAX_STORES = 256 };
 
 // One micro-operation takes one of the ports in `ports` (a bit mask) for `cycles`.
 struct slot {
     uint16_t ports;
     uint8_t cycles;
+    uint8_t kind;  // numbers the different pairs of the two
 };
 
 struct execution {

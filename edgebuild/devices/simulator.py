@@ -1,0 +1,122 @@
+"""Time on a simulated Arm machine: the runner under qemu, with our plugin following every instruction.
+
+`native/simulator` holds the plugin: the decoder, the model of a core, and that of the memory. `native/simulation.cpp` is
+the runner's half. This module writes the machine down for the plugin, starts both, and reads what came out.
+"""
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from edgebuild.catalog import load_core, port_slots
+from edgebuild.devices import machine, toolchain
+from edgebuild.errors import DeviceError
+from edgebuild.spec import Core, OperatorTime, SharedCache, Simulation, Target
+
+LINE = 64  # bytes; native/simulator/memory.h
+TIMEOUT = 900.0  # seconds
+
+
+def simulate(artifact: Path, target: Target, threads: int, sampled: bool = True) -> Simulation:
+    """Time one inference of a `.pte` on `threads` cores of the target's first cluster.
+
+    With `sampled`, the middle of long loops is left out and put in by what was seen around it. Raises
+    MissingEnvironment, and DeviceError where the process fails.
+    """
+    cluster = target.cluster[0]
+    what = f"{Path(artifact).name} simulated on {target.name}"
+    with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
+        # Short names, always the same: what the process is given on its stack must not move its addresses.
+        scratch = Path(folder)
+        (scratch / "model").symlink_to(Path(artifact).absolute())
+        (scratch / "runner").symlink_to(toolchain.runner())
+        (scratch / "machine").symlink_to(machine.folder(cluster))
+        (scratch / "description").write_text(description(target, threads))
+        plugin = f"{toolchain.plugin()},machine={scratch / 'description'},out={scratch / 'result'}"
+        command = [
+            *(str(toolchain.qemu()), "-cpu", cluster.qemu_cpu, "-plugin", plugin),
+            *("-L", str(toolchain.library_prefix(toolchain.compiler()))),
+            *("./runner", "model", f"{'sample' if sampled else 'simulate'}:{threads}"),
+        ]
+        try:
+            done = subprocess.run(
+                command, cwd=scratch, env={"EDGEBUILD_MACHINE": "machine"}, capture_output=True, timeout=TIMEOUT
+            )
+        except subprocess.TimeoutExpired:
+            raise DeviceError(f"{what}: not done within {TIMEOUT:g} s") from None
+        if done.returncode or not (scratch / "result").is_file():
+            lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+            raise DeviceError(f"{what}: the simulator ended with exit code {done.returncode}: {lines[-1]}")
+        result = json.loads((scratch / "result").read_bytes())
+    names = done.stdout.decode(errors="replace").splitlines()
+    if len(names) != len(result["operators"]):
+        raise DeviceError(f"{what}: {len(result['operators'])} operators were timed, and {len(names)} have a name")
+    return Simulation(
+        target=target.name,
+        threads=threads,
+        sampled=sampled,
+        operators=tuple(
+            _operator(name, found, float(cluster.clock.rate))
+            for name, found in zip(names, result["operators"], strict=True)
+        ),
+    )
+
+
+def description(target: Target, threads: int) -> str:
+    """The machine as `native/simulator/description.c` reads it; times in cycles of the cluster's clock."""
+    assert target.memory is not None and target.threads is not None
+    cluster, memory = target.cluster[0], target.memory
+    core, clock = load_core(cluster.model), float(cluster.clock.rate)
+    pipeline = core.pipeline
+    lines = [
+        f"pipeline {pipeline.order} {pipeline.width} {pipeline.reorder_buffer} {pipeline.store_buffer} "
+        f"{pipeline.mispredict}",
+        f"misses {core.misses.line_fill_buffers} {core.misses.prefetch}",
+        f"l1 {int(cluster.l1d.size)} {cluster.l1d.ways} {int(cluster.l1d.replacement == 'random')} 0 0 0",
+        _level("l2", cluster.l2),
+        *([_level("l3", target.l3)] if target.l3 is not None else []),
+        f"memory {memory.latency * clock:.17g} {LINE * clock / memory.one_core:.17g} "
+        f"{LINE * clock / memory.all_cores:.17g}",
+        f"cores {threads} {target.threads.fork_join * clock:.17g}",
+        *_classes(core),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _level(name: str, cache: SharedCache) -> str:
+    return (
+        f"{name} {int(cache.size)} {cache.ways} {int(cache.replacement == 'random')} {int(cache.shared)} "
+        f"{cache.latency} {cache.interval}"
+    )
+
+
+def _classes(core: Core) -> list[str]:
+    bit = {port: 1 << position for position, port in enumerate(core.ports)}
+    lines = []
+    for group in core.execution:
+        for name, execution in group.classes.items():
+            slots = [f"{sum(bit[port] for port in ports)}:{cycles}" for ports, cycles in port_slots(core, name)]
+            lines.append(
+                " ".join(
+                    ["class", name, f"{execution.latency} {execution.accumulate} {execution.micro_ops}", *slots]
+                )
+            )
+    return lines
+
+
+def _operator(name: str, found: dict[str, Any], clock: float) -> OperatorTime:
+    return OperatorTime(
+        name=name,
+        seconds=found["cycles"] / clock,
+        bounds={bound: cycles / clock for bound, cycles in found["bounds"].items()},
+        instructions={kind: round(count) for kind, count in found["instructions"].items()},
+        macs=round(found["macs"]),
+        l1_misses=round(found["l1_misses"]),
+        l2_misses=round(found["l2_misses"]),
+        l3_misses=round(found["l3_misses"]),
+        memory_bytes=round(found["memory_bytes"]),
+        pieces=round(found["pieces"]),
+        executed=round(found["executed"]),
+    )
