@@ -32,8 +32,9 @@ class L1:
 class SharedCache:
     """A level below L1; `latency` and `interval` are in cycles of the core.
 
-    `latency`: from a miss above to the data. `interval`: between two lines that the level gives out. `shared`: one for
-    all cores of the cluster, else each core has its own.
+    `latency`: from a miss above to the data. `interval`: between two lines that the level gives to one core;
+    `interval_all`: to all cores together, 0 where that is the same. `shared`: one for all cores of the cluster, else
+    each core has its own.
     """
 
     size: Bytes
@@ -41,16 +42,24 @@ class SharedCache:
     latency: int
     interval: int
     source: str
+    interval_all: int = 0
     shared: bool = True
     replacement: Literal["lru", "random"] = "lru"
 
 
 @dataclass(frozen=True)
 class Clock:
-    """The clock that the core holds under load."""
+    """The clock that a core holds under load: `rate` with one core busy, `all_cores` with all of them, 0 if the same."""
 
     rate: Hertz
     source: str
+    all_cores: Hertz = Hertz(0.0)
+
+    def under(self, threads: int, cores: int) -> float:
+        """Hz with so many of the cluster's cores busy: between the two figures, in proportion."""
+        if not self.all_cores or threads <= 1:
+            return float(self.rate)
+        return self.rate + (self.all_cores - self.rate) * (threads - 1) / (cores - 1)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def simulate(artifact: Path, target: Target, threads: int, sampled: bool = True)
         threads=threads,
         sampled=sampled,
         operators=tuple(
-            _operator(name, found, float(cluster.clock.rate))
+            _operator(name, found, cluster.clock.under(threads, cluster.count))
             for name, found in zip(names, result["operators"], strict=True)
         ),
     )
@@ -68,13 +68,13 @@ def description(target: Target, threads: int) -> str:
     """The machine as `native/simulator/description.c` reads it; times in cycles of the cluster's clock."""
     assert target.memory is not None and target.threads is not None
     cluster, memory = target.cluster[0], target.memory
-    core, clock = load_core(cluster.model), float(cluster.clock.rate)
+    core, clock = load_core(cluster.model), cluster.clock.under(threads, cluster.count)
     pipeline = core.pipeline
     lines = [
         f"pipeline {pipeline.order} {pipeline.width} {pipeline.reorder_buffer} {pipeline.store_buffer} "
         f"{pipeline.mispredict}",
         f"misses {core.misses.line_fill_buffers} {core.misses.prefetch}",
-        f"l1 {int(cluster.l1d.size)} {cluster.l1d.ways} {int(cluster.l1d.replacement == 'random')} 0 0 0",
+        f"l1 {int(cluster.l1d.size)} {cluster.l1d.ways} {int(cluster.l1d.replacement == 'random')} 0 0 0 0",
         _level("l2", cluster.l2),
         *([_level("l3", target.l3)] if target.l3 is not None else []),
         f"memory {memory.latency * clock:.17g} {LINE * clock / memory.one_core:.17g} "
@@ -88,7 +88,7 @@ def description(target: Target, threads: int) -> str:
 def _level(name: str, cache: SharedCache) -> str:
     return (
         f"{name} {int(cache.size)} {cache.ways} {int(cache.replacement == 'random')} {int(cache.shared)} "
-        f"{cache.latency} {cache.interval}"
+        f"{cache.latency} {cache.interval} {cache.interval_all or cache.interval}"
     )
 
 

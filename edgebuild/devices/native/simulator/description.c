@@ -35,14 +35,14 @@ static bool read_class(const char *line, struct description *out, bool seen[CLAS
     return true;
 }
 
-// l1|l2|l3 BYTES WAYS RANDOM SHARED LATENCY INTERVAL
+// l1|l2|l3 BYTES WAYS RANDOM SHARED LATENCY INTERVAL INTERVAL_ALL
 static bool read_level(const char *line, struct level *out) {
     unsigned long long bytes;
-    unsigned ways, random, shared, latency, interval;
-    if (sscanf(line, "%*s %llu %u %u %u %u %u", &bytes, &ways, &random, &shared, &latency, &interval) != 6 ||
+    unsigned ways, random, shared, latency, interval, all;
+    if (sscanf(line, "%*s %llu %u %u %u %u %u %u", &bytes, &ways, &random, &shared, &latency, &interval, &all) != 7 ||
         ways == 0 || bytes < 64ull * ways)
         return false;
-    *out = (struct level){bytes, ways, random != 0, shared != 0, latency, interval};
+    *out = (struct level){bytes, ways, random != 0, shared != 0, latency, interval, all};
     return true;
 }
 

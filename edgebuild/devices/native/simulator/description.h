@@ -28,7 +28,8 @@ struct level {
     unsigned ways;
     bool random;     // which line goes: a random one, else the least recently used
     bool shared;     // one for all cores, else each has its own
-    unsigned latency, interval;
+    unsigned latency;
+    unsigned interval, interval_all;  // between two lines, with one core asking and with all
 };
 
 struct description {

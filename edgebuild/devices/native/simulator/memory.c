@@ -63,6 +63,7 @@ struct line {
     uint32_t used;    // when it was last used
     bool dirty, prefetched;
     uint8_t origin;
+    uint8_t core;     // that asked for it
 };
 
 struct cache {
@@ -113,8 +114,8 @@ static struct line *cache_victim(struct cache *cache, uint64_t number) {
 }
 
 static void cache_put(struct cache *cache, struct line *line, uint64_t number, uint64_t ready, bool dirty,
-                      enum origin origin) {
-    *line = (struct line){number, ready, ++cache->tick, dirty, false, (uint8_t)origin};
+                      enum origin origin, unsigned core) {
+    *line = (struct line){number, ready, ++cache->tick, dirty, false, (uint8_t)origin, (uint8_t)core};
 }
 
 static void cache_forget(struct cache *cache, uint64_t number) {
@@ -127,14 +128,15 @@ static void cache_forget(struct cache *cache, uint64_t number) {
 
 // A run of L1 misses over neighbouring lines.
 struct stream {
-    uint64_t last, head, used;  // the last miss, the last line asked for, when
+    uint64_t last, used;        // the last miss, and when
+    uint64_t head, far_head;    // the last lines asked for, into L1 and into L2
     int direction, confidence;
 };
 enum { STREAMS = 16, PAGE_LINES = 4096 / LINE };
 
 struct private {
     struct cache l1;
-    struct channel memory;               // what one core can get from memory
+    struct channel l2, memory;           // what one core can get from L2 and from memory
     uint64_t fill[MAX_FILL_BUFFERS];     // when each line fill buffer is free
     struct stream stream[STREAMS];
     uint64_t stream_tick;
@@ -150,7 +152,7 @@ enum { PAGE_BITS = 12, RECENT_PAGES = 1024 };
 
 struct memory {
     struct description d;
-    unsigned l2s, l3s;
+    unsigned l2s, far;  // how many L2 there are; lines that the prefetcher runs ahead into L2
     struct cache l2[MAX_CORES], l3;
     struct channel l2_output[MAX_CORES], l3_output, all;
     struct private core[MAX_CORES];
@@ -163,17 +165,21 @@ struct memory *memory_create(const struct description *description) {
     const struct description *d = &memory->d;
     memory->d = *description;
     memory->l2s = d->l2.shared ? 1 : d->cores;
+    // Little's law: to stream at full rate, that many lines must be on their way. ("A proof for the queuing formula
+    // L = lambda W", Operations Research 9(3), 1961.)
+    memory->far = (unsigned)(d->memory_latency / d->memory_one_core) + 2;
     for (unsigned i = 0; i < memory->l2s; i++) {
         cache_create(&memory->l2[i], &d->l2);
-        channel_create(&memory->l2_output[i], d->l2.interval);
+        channel_create(&memory->l2_output[i], d->l2.interval_all);
     }
     if (d->l3.bytes) {
         cache_create(&memory->l3, &d->l3);
-        channel_create(&memory->l3_output, d->l3.interval);
+        channel_create(&memory->l3_output, d->l3.interval_all);
     }
     channel_create(&memory->all, d->memory_all_cores);
     for (unsigned i = 0; i < d->cores; i++) {
         cache_create(&memory->core[i].l1, &d->l1);
+        channel_create(&memory->core[i].l2, d->l2.interval);
         channel_create(&memory->core[i].memory, d->memory_one_core);
     }
     for (unsigned i = 0; i < RECENT_PAGES; i++) memory->recent[i].key = NO_LINE;
@@ -192,6 +198,7 @@ void memory_destroy(struct memory *memory) {
     channel_destroy(&memory->all);
     for (unsigned i = 0; i < memory->d.cores; i++) {
         free(memory->core[i].l1.lines);
+        channel_destroy(&memory->core[i].l2);
         channel_destroy(&memory->core[i].memory);
     }
     free(memory->pages);
@@ -258,7 +265,7 @@ static void put_l3(struct memory *memory, unsigned core, uint64_t number, uint64
     }
     line = cache_victim(&memory->l3, number);
     if (line->number != NO_LINE && line->dirty) to_memory(memory, core, now);
-    cache_put(&memory->l3, line, number, ready, dirty, FROM_MEMORY);
+    cache_put(&memory->l3, line, number, ready, dirty, FROM_MEMORY, core);
 }
 
 static void put_l2(struct memory *memory, unsigned core, uint64_t number, uint64_t now, uint64_t ready, bool dirty,
@@ -266,7 +273,7 @@ static void put_l2(struct memory *memory, unsigned core, uint64_t number, uint64
     struct cache *l2 = &memory->l2[l2_of(memory, core)];
     struct line *line = cache_victim(l2, number);
     if (line->number != NO_LINE && line->dirty) put_l3(memory, core, line->number, now, now, true);
-    cache_put(l2, line, number, ready, dirty, origin);
+    cache_put(l2, line, number, ready, dirty, origin, core);
 }
 
 static bool elsewhere(struct memory *memory, unsigned core, uint64_t number) {
@@ -275,39 +282,56 @@ static bool elsewhere(struct memory *memory, unsigned core, uint64_t number) {
     return false;
 }
 
-// When the levels below L1 have the line for a core. Without `read`, the whole line is about to be written.
-static uint64_t below(struct memory *memory, unsigned core, uint64_t number, uint64_t now, bool read,
+// When a line in a shared level is there for a core. Pieces of work are simulated one core after the other, so that
+// another core may have brought it at a later time than now; this core would then have asked memory for it itself.
+static uint64_t arrival(const struct memory *memory, const struct line *line, unsigned core, uint64_t now) {
+    const uint64_t itself = now + (uint64_t)memory->d.memory_latency;
+    return line->core != core && line->ready > itself ? itself : line->ready;
+}
+
+// Brings a line that L2 does not have from further below. Returns when its data are there. Without `read`, the whole line
+// is about to be written, and there is nothing to wait for.
+static uint64_t fetch(struct memory *memory, unsigned core, uint64_t number, uint64_t now, bool read,
                       enum origin *origin) {
     const struct description *d = &memory->d;
     struct traffic *traffic = &memory->core[core].traffic;
-    const unsigned which = l2_of(memory, core);
-    const uint64_t start = channel_take(&memory->l2_output[which], now);
-    struct line *line = cache_find(&memory->l2[which], number);
-    if (line != NULL) {
-        *origin = line->ready > start ? line->origin : FROM_L2;
-        return (line->ready > start ? line->ready : start) + d->l2.latency;
-    }
+    uint64_t ready = now;
     traffic->l2_misses++;
-    uint64_t ready = start;
     *origin = FROM_L2;
     if (read) {
         struct line *third = d->l3.bytes ? cache_find(&memory->l3, number) : NULL;
         if (third != NULL || elsewhere(memory, core, number)) {
-            ready = channel_take(&memory->l3_output, start) + d->l3.latency;
+            ready = channel_take(&memory->l3_output, now) + d->l2.latency + d->l3.latency;
             *origin = FROM_L3;
-            if (third != NULL && third->ready > ready) {
-                ready = third->ready;
+            if (third != NULL && arrival(memory, third, core, now) > ready) {
+                ready = arrival(memory, third, core, now);
                 *origin = FROM_MEMORY;
             }
         } else {
             traffic->l3_misses++;
-            ready = from_memory(memory, core, start) + (uint64_t)d->memory_latency;
+            ready = from_memory(memory, core, now) + (uint64_t)d->memory_latency;
             *origin = FROM_MEMORY;
-            put_l3(memory, core, number, start, ready, false);
+            put_l3(memory, core, number, now, ready, false);
         }
     }
-    put_l2(memory, core, number, start, ready, false, *origin);
-    return *origin == FROM_MEMORY ? ready : ready + d->l2.latency;
+    put_l2(memory, core, number, now, ready, false, *origin);
+    return ready;
+}
+
+// When the levels below L1 have the line for a core.
+static uint64_t below(struct memory *memory, unsigned core, uint64_t number, uint64_t now, bool read,
+                      enum origin *origin) {
+    const unsigned which = l2_of(memory, core);
+    const uint64_t own = channel_take(&memory->core[core].l2, now);
+    const uint64_t start = channel_take(&memory->l2_output[which], own), hit = start + memory->d.l2.latency;
+    struct line *line = cache_find(&memory->l2[which], number);
+    if (line == NULL) {
+        const uint64_t ready = fetch(memory, core, number, start, read, origin);
+        return ready > hit ? ready : hit;
+    }
+    const uint64_t ready = arrival(memory, line, core, start);
+    *origin = ready > hit ? line->origin : FROM_L2;
+    return ready > hit ? ready : hit;
 }
 
 // A line leaves L1.
@@ -335,13 +359,24 @@ static struct line *fill(struct memory *memory, unsigned core, uint64_t number, 
     if (buffer != NULL) *buffer = ready;
     struct line *line = cache_victim(&own->l1, number);
     evict(memory, core, line, start);
-    cache_put(&own->l1, line, number, ready, false, origin);
+    cache_put(&own->l1, line, number, ready, false, origin, core);
     line->prefetched = prefetch;
     return line;
 }
 
-// Follows streams of misses, upward or downward, and stays `prefetch` lines ahead of each, within a page. It also stands
-// in for the kernels' own prefetch instructions: an emulator does not report their addresses.
+// The next line that a stream asks for to stay `distance` lines ahead of a line; false where it is so far already.
+static bool ahead(uint64_t *head, uint64_t number, int64_t direction, unsigned distance, bool within_page,
+                  uint64_t *next) {
+    if ((int64_t)(*head - number) * direction < 0) *head = number;
+    if ((int64_t)(*head - number) * direction >= (int64_t)distance) return false;
+    *next = *head + (uint64_t)direction;
+    if (within_page && *next / PAGE_LINES != number / PAGE_LINES) return false;
+    *head = *next;
+    return true;
+}
+
+// Follows streams of misses, upward or downward, and stays ahead of each, in-order cores within a page. It also stands in
+// the kernels' own prefetch instructions: an emulator does not report their addresses.
 static void prefetch(struct memory *memory, unsigned core, uint64_t number, uint64_t now) {
     struct private *own = &memory->core[core];
     struct stream *stream = NULL;
@@ -355,7 +390,7 @@ static void prefetch(struct memory *memory, unsigned core, uint64_t number, uint
         if (direction != stream->direction) {
             stream->direction = direction;
             stream->confidence = 0;
-            stream->head = number;
+            stream->head = stream->far_head = number;
         }
         if (stream->confidence < 4) stream->confidence++;
         stream->last = number;
@@ -364,19 +399,19 @@ static void prefetch(struct memory *memory, unsigned core, uint64_t number, uint
         stream = own->stream;
         for (unsigned i = 1; i < STREAMS; i++)
             if (own->stream[i].used < stream->used) stream = &own->stream[i];
-        *stream = (struct stream){number, number, ++own->stream_tick, 1, 0};
+        *stream = (struct stream){number, ++own->stream_tick, number, number, 1, 0};
         return;
     }
     if (stream->confidence < 2) return;
     const int64_t direction = stream->direction;
-    if ((int64_t)(stream->head - number) * direction < 0) stream->head = number;
-    const uint64_t target = number + (uint64_t)(direction * (int64_t)memory->d.prefetch);
-    while ((int64_t)(target - stream->head) * direction > 0) {
-        const uint64_t next = stream->head + (uint64_t)direction;
-        if (next / PAGE_LINES != number / PAGE_LINES) break;
-        stream->head = next;
-        if (cache_find(&own->l1, next) == NULL) fill(memory, core, next, now, true, true);
+    // Into L2 as far ahead as memory needs to deliver at its full rate; into L1 a few lines.
+    uint64_t far, near;
+    while (ahead(&stream->far_head, number, direction, memory->far, memory->d.in_order, &far)) {
+        enum origin origin;
+        if (cache_find(&memory->l2[l2_of(memory, core)], far) == NULL) fetch(memory, core, far, now, true, &origin);
     }
+    while (ahead(&stream->head, number, direction, memory->d.prefetch, memory->d.in_order, &near))
+        if (cache_find(&own->l1, near) == NULL) fill(memory, core, near, now, true, true);
 }
 
 uint64_t memory_load(struct memory *memory, unsigned core, uint64_t now, uint64_t address, unsigned size,
@@ -459,9 +494,9 @@ void memory_touch(struct memory *memory, unsigned core, uint64_t number, bool wr
             if (third != NULL)
                 third->dirty = true;
             else
-                cache_put(l3, cache_victim(l3, line->number), line->number, 0, true, FROM_MEMORY);
+                cache_put(l3, cache_victim(l3, line->number), line->number, 0, true, FROM_MEMORY, core);
         }
-        if (cache_find(l3, number) == NULL) cache_put(l3, cache_victim(l3, number), number, 0, false, FROM_MEMORY);
+        if (cache_find(l3, number) == NULL) cache_put(l3, cache_victim(l3, number), number, 0, false, FROM_MEMORY, core);
     }
-    cache_put(l2, line, number, 0, write, FROM_L2);
+    cache_put(l2, line, number, 0, write, FROM_L2, core);
 }
