@@ -1,0 +1,605 @@
+"""The simulator's decoder against a disassembler's text: what each mnemonic reads, writes and is sorted into."""
+
+import functools
+import random
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from edgebuild.devices import toolchain
+from edgebuild.spec import INSTRUCTION_CLASSES
+
+SIMULATOR = Path(toolchain.__file__).parent / "native" / "simulator"
+OBJDUMP = "aarch64-linux-gnu-objdump"
+ASSEMBLER = "aarch64-linux-gnu-as"
+FLAGS = 64
+SP = 31
+LINK = 30
+
+# What follows a mnemonic in these tables: "+" adds to its first operand, "~" keeps a part of it; "*" is a 128-bit
+# operation also where its first operand has 64 bits, unless that is a scalar.
+VECTOR_CLASSES = {
+    "valu": """
+        add sub neg abs addp addhn* addhn2*~ raddhn* raddhn2*~ subhn* subhn2*~ rsubhn* rsubhn2*~
+        saddl saddl2 saddw saddw2 ssubl ssubl2 ssubw ssubw2 uaddl uaddl2 uaddw uaddw2 usubl usubl2 usubw usubw2
+        saddlp uaddlp sabd uabd sabdl sabdl2 uabdl uabdl2 sqabs sqneg suqadd~ usqadd~
+        shadd uhadd srhadd urhadd shsub uhsub sqadd uqadd sqsub uqsub
+        smax smin umax umin smaxp sminp umaxp uminp cmeq cmge cmgt cmhi cmhs cmle cmlt cmtst
+        and orr orn eor bic bsl~ bit~ bif~ not cnt clz cls rbit fabs fneg fcsel
+        aese~ aesd~ aesmc aesimc sha1c~ sha1p~ sha1m~ sha1h* sha1su0~ sha1su1~
+        sha256h~ sha256h2~ sha256su0~ sha256su1~ sha512h~ sha512h2~ sha512su0~ sha512su1~ rax1 eor3 bcax xar
+        sm3partw1~ sm3partw2~ sm3ss1 sm3tt1a~ sm3tt1b~ sm3tt2a~ sm3tt2b~ sm4e~ sm4ekey
+    """,
+    "vshift": """
+        shl sshl ushl sshr ushr srshl urshl srshr urshr sqshl uqshl sqrshl uqrshl sqshlu sli~ sri~
+        sshll sshll2 ushll ushll2 shll shll2 shrn* shrn2*~ rshrn* rshrn2*~
+        sqshrn* sqshrn2*~ uqshrn* uqshrn2*~ sqrshrn* sqrshrn2*~ uqrshrn* uqrshrn2*~
+        sqshrun* sqshrun2*~ sqrshrun* sqrshrun2*~ sqxtn* sqxtn2*~ uqxtn* uqxtn2*~ sqxtun* sqxtun2*~
+    """,
+    "permute": "zip1 zip2 uzp1 uzp2 trn1 trn2 ext dup ins~ rev16 rev32 rev64 xtn* xtn2*~",
+    "fadd": """
+        fadd fsub faddp fabd fmax fmin fmaxnm fminnm fmaxp fminp fmaxnmp fminnmp
+        fcmp fcmpe fccmp fccmpe fcmeq fcmge fcmgt fcmle fcmlt facge facgt fcadd
+    """,
+    "fmul": "fmul fnmul fmulx frecps frsqrts",
+    "fma": "fmla+ fmls+ fmlal+ fmlal2+ fmlsl+ fmlsl2+ fcmla+ bfmlalb+ bfmlalt+ fmadd fmsub fnmadd fnmsub",
+    "fcvt": """
+        fcvt bfcvt fcvtl* fcvtl2* fcvtn* fcvtn2*~ fcvtxn* fcvtxn2*~ bfcvtn* bfcvtn2*~ scvtf ucvtf
+        fcvtas fcvtau fcvtms fcvtmu fcvtns fcvtnu fcvtps fcvtpu fcvtzs fcvtzu fjcvtzs
+        frinta frinti frintm frintn frintp frintx frintz frint32x frint32z frint64x frint64z
+        frecpe frecpx frsqrte urecpe ursqrte
+    """,
+}
+UNSIZED_VECTOR_CLASSES = {
+    "fdiv": "fdiv fsqrt",
+    "imac": """
+        smlal+ smlal2+ smlsl+ smlsl2+ umlal+ umlal2+ umlsl+ umlsl2+ sqdmlal+ sqdmlal2+ sqdmlsl+ sqdmlsl2+
+        smull smull2 umull umull2 sqdmull sqdmull2 pmull pmull2
+    """,
+    "dot": "sdot+ udot+ usdot+ sudot+ bfdot+",
+    "matmul": "smmla+ ummla+ usmmla+ bfmmla+",
+    "vaccumulate": """
+        sadalp+ uadalp+ saba+ uaba+ sabal+ sabal2+ uabal+ uabal2+ ssra+ usra+ srsra+ ursra+
+        addv saddlv uaddlv smaxv sminv umaxv uminv
+    """,
+    "table": "tbl tbx~",
+    "vmov": "movi mvni",
+    "vector_to_general": "umov smov",
+}
+# "imac" up to 64 bits, "imac_q" with 128.
+IMAC = "mla+ mls+ mul pmul sqdmulh sqrdmulh sqrdmlah+ sqrdmlsh+"
+ACROSS_FLOATS = "fmaxv fminv fmaxnmv fminnmv"  # their width is that of what they sum up
+
+GENERAL_CLASSES = {
+    "alu": """
+        add adds sub subs adc adcs sbc sbcs and ands bic bics eor eon orr orn adr adrp movz movn movk~
+        csel csinc csinv csneg ccmp ccmn clz cls rbit rev rev16 rev32 ctz cnt abs smax smin umax umin
+        rmif setf8 setf16 cfinv axflag xaflag addg subg irg gmi subp subps pacga
+        pacia~ pacib~ pacda~ pacdb~ autia~ autib~ autda~ autdb~
+        paciza~ pacizb~ pacdza~ pacdzb~ autiza~ autizb~ autdza~ autdzb~ xpaci~ xpacd~
+    """,
+    "alu_shift": """
+        sbfm ubfm bfm~ extr lslv lsrv asrv rorv
+        crc32b crc32h crc32w crc32x crc32cb crc32ch crc32cw crc32cx
+    """,
+    "mul": "madd msub smaddl smsubl umaddl umsubl smulh umulh",
+    "div": "sdiv udiv",
+    "nop": """
+        hint dmb dsb isb sb ssbb pssbb dfb dgh clrex msr mrs sys sysl svc hvc smc brk hlt udf dcps1 dcps2 dcps3 wfet wfit
+        smstart smstop tcancel tcommit dsbnxs
+    """,
+}
+# Nothing that these write is a register of theirs.
+NO_DESTINATION = set(
+    """
+    fcmp fcmpe fccmp fccmpe ccmp ccmn rmif setf8 setf16 msr sys wfet wfit
+    """.split()
+)
+WRITES_FLAGS = set(
+    """
+    adds subs adcs sbcs ands bics ccmp ccmn fcmp fcmpe fccmp fccmpe rmif setf8 setf16 cfinv axflag xaflag subps fjcvtzs
+    """.split()
+)
+READS_FLAGS = set(
+    """
+    adc adcs sbc sbcs csel csinc csinv csneg ccmp ccmn fcsel fccmp fccmpe rmif setf8 setf16 cfinv axflag xaflag
+    """.split()
+)
+MACS_FOR_EACH_LANE = {
+    **dict.fromkeys("sdot udot usdot sudot".split(), 4),
+    **dict.fromkeys(["bfdot"], 2),
+    **dict.fromkeys("smmla ummla usmmla".split(), 8),
+    **dict.fromkeys(["bfmmla"], 4),
+    **dict.fromkeys(
+        """
+        fmla fmls fmlal fmlal2 fmlsl fmlsl2 fcmla bfmlalb bfmlalt fmadd fmsub fnmadd fnmsub
+        mla mls sqrdmlah sqrdmlsh smlal smlal2 smlsl smlsl2 umlal umlal2 umlsl umlsl2
+        sqdmlal sqdmlal2 sqdmlsl sqdmlsl2 smull smull2 umull umull2 sqdmull sqdmull2
+        """.split(),
+        1,
+    ),
+}
+# Extensions that no supported core has: transactional memory, tags in memory, memory copy, 64-byte accesses.
+UNSUPPORTED = set(
+    """
+    tstart ttest stg st2g stzg stz2g ldg ldgm stgm stzgm stgp ld64b st64b st64bv st64bv0
+    """.split()
+)
+
+ORDERS = ("", "a", "l", "al")
+SIZES = ("", "b", "h")
+ATOMIC_UPDATES = {
+    operation + order + size
+    for operation in "ldadd ldclr ldeor ldset ldsmax ldsmin ldumax ldumin swp".split()
+    for order in ORDERS
+    for size in SIZES
+}
+COMPARE_AND_SWAPS = {"cas" + order + size for order in ORDERS for size in SIZES}
+COMPARE_AND_SWAP_PAIRS = {"casp" + order for order in ORDERS}
+ORDERED_LOADS = {name + size for name in "ldar ldlar ldapr ldapur ldxr ldaxr".split() for size in SIZES} | set(
+    "ldapursb ldapursh ldapursw ldxp ldaxp".split()
+)
+ORDERED_STORES = {name + size for name in ("stlr", "stllr", "stlur") for size in SIZES}
+EXCLUSIVE_STORES = {name + size for name in ("stxr", "stlxr") for size in SIZES} | {"stxp", "stlxp"}
+LOADS = set(
+    """
+    ldr ldrb ldrh ldrsb ldrsh ldrsw ldur ldurb ldurh ldursb ldursh ldursw ldtr ldtrb ldtrh ldtrsb ldtrsh ldtrsw
+    ldraa ldrab
+    """.split()
+)
+STORES = set("str strb strh stur sturb sturh sttr sttrb sttrh".split())
+LOAD_PAIRS = {"ldp", "ldnp", "ldpsw"}
+STORE_PAIRS = {"stp", "stnp"}
+STRUCTURES = {f"{name}{count}" for name in ("ld", "st") for count in (1, 2, 3, 4)}
+REPLICATES = {f"ld{count}r" for count in (1, 2, 3, 4)}
+
+
+class Decoded(NamedTuple):
+    """The sources and destinations as sets: in which order they come matters for the base register only."""
+
+    name: str
+    sources: frozenset[int]
+    destinations: frozenset[int]
+    base: int | None = None  # which must be the first source and, written back, the first destination
+    accumulator: int | None = None
+    registers: int = 1
+    macs: int = 0
+    flags: str = ""
+
+
+class Rule(NamedTuple):
+    name: str
+    accumulates: bool
+    keeps: bool
+    full_width: bool
+
+
+def _rules(*tables: dict[str, str]) -> dict[str, Rule]:
+    return {
+        entry.rstrip("+~*"): Rule(name, "+" in entry, "~" in entry, "*" in entry)
+        for table in tables
+        for name, entries in table.items()
+        for entry in entries.split()
+    }
+
+
+VECTOR_RULES = _rules(
+    VECTOR_CLASSES, UNSIZED_VECTOR_CLASSES, {"imac_by_width": IMAC, "fadd_across": ACROSS_FLOATS}
+)
+GENERAL_RULES = _rules(GENERAL_CLASSES)
+
+
+# Operands
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside of brackets and braces."""
+    text = text.partition("//")[0].strip()
+    parts, depth, begin = [], 0, 0
+    for place, character in enumerate(text):
+        if character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+        elif character == "," and not depth:
+            parts.append(text[begin:place].strip())
+            begin = place + 1
+    return [*parts, text[begin:].strip()] if text else []
+
+
+@functools.cache
+def _register(operand: str) -> int | None:
+    """Its number; None for the zero register and for what is no register."""
+    if operand in ("sp", "wsp"):
+        return SP
+    letter, digits = operand[:1], operand[1:].partition(".")[0]
+    if not digits.isdigit() or int(digits) > 31:
+        return None
+    if letter in "wx":
+        return int(digits)
+    return 32 + int(digits) if letter in "bhsdqv" else None
+
+
+def _is_vector(operand: str) -> bool:
+    number = _register(operand)
+    return number is not None and number >= 32
+
+
+def _is_general(operand: str) -> bool:
+    number = _register(operand)
+    return operand in ("xzr", "wzr") or (number is not None and number < 32)
+
+
+@functools.cache
+def _list(operand: str) -> tuple[tuple[int, ...], str]:
+    """The registers of "{v0.4s-v3.4s}[1]" and their arrangement."""
+    inside = operand[1 : operand.index("}")]
+    arrangement = inside.rpartition(".")[2]
+    if "-" in inside:
+        first, last = (_register(end) for end in inside.split("-"))
+        assert first is not None and last is not None
+        return tuple(32 + (first - 32 + i) % 32 for i in range((last - first) % 32 + 1)), arrangement
+    numbers = [_register(part.strip()) for part in inside.split(",")]
+    return tuple(number for number in numbers if number is not None), arrangement
+
+
+def _arrangement(operand: str) -> tuple[int, int]:
+    """Bits and lanes: (64, 1) for a scalar, whatever its width, or an element."""
+    shape = operand.partition(".")[2]
+    if not shape or "[" in shape or not shape[0].isdigit():
+        return 64, 1
+    lanes = int(shape[:-1])
+    return lanes * {"b": 8, "h": 16, "s": 32, "d": 64, "q": 128}[shape[-1]], lanes
+
+
+def _numbers(operands: Iterable[str]) -> frozenset[int]:
+    return frozenset(number for number in map(_register, operands) if number is not None)
+
+
+# What is expected of an instruction
+
+
+def _branch(mnemonic: str, operands: list[str]) -> Decoded | None:
+    sources: frozenset[int] = frozenset()
+    destinations: frozenset[int] = frozenset()
+    if mnemonic.startswith(("b.", "bc.")):
+        return Decoded("branch", frozenset({FLAGS}), destinations, flags="BC")
+    if mnemonic in ("cbz", "cbnz", "tbz", "tbnz"):
+        return Decoded("branch", _numbers(operands[:1]), destinations, flags="BC")
+    if mnemonic in ("bl", "blr", "blraa", "blraaz", "blrab", "blrabz"):
+        destinations = frozenset({LINK})
+    if mnemonic == "ret":
+        sources = _numbers(operands) if operands else frozenset({LINK})
+    elif mnemonic in ("retaa", "retab"):
+        sources = frozenset({LINK, SP})
+    elif mnemonic in ("eretaa", "eretab"):
+        sources = frozenset({SP})
+    elif mnemonic in "br blr braa brab blraa blrab braaz brabz blraaz blrabz".split():
+        sources = _numbers(operands)
+    elif mnemonic not in ("b", "bl", "eret", "drps"):
+        return None
+    return Decoded("branch", sources, destinations, flags="B")
+
+
+def _memory_class(mnemonic: str, operand: str, loads: bool) -> str:
+    if not _is_vector(operand):
+        return "load" if loads else "store"
+    return ("load" if loads else "store") + ("_q" if operand[0] == "q" else "_d")
+
+
+def _structure(mnemonic: str, listed: str) -> tuple[str, int]:
+    numbers, arrangement = _list(listed)
+    loads, count = mnemonic.startswith("ld"), len(numbers)
+    if mnemonic in REPLICATES:
+        return "load_replicate", count
+    if not arrangement[0].isdigit():
+        return ("load_lane" if loads else "store_lane"), count
+    quad = _arrangement("v0." + arrangement)[0] == 128
+    units = count if quad else -(-count // 2)
+    if count == 1:
+        return ("load" if loads else "store") + ("_q" if quad else "_d"), units
+    if loads:
+        return "load_multiple", units
+    return ("store_pair_q" if quad and count == 2 else "store_q"), units
+
+
+def _memory(mnemonic: str, operands: list[str]) -> Decoded | None:
+    place = next((i for i, operand in enumerate(operands) if operand.startswith("[")), None)
+    before, base, address, back = operands[:place], None, frozenset[int](), False
+    if place is not None:
+        inside = [part.strip() for part in operands[place].strip("[]!").split(",")]
+        base = _register(inside[0])
+        address = _numbers([*inside, *operands[place + 1 :]])
+        back = operands[place].endswith("!") or place + 1 < len(operands)
+    elif mnemonic in ("ldr", "ldrsw", "prfm"):
+        before = operands[:1]  # the other one is a place in the program
+    registers, numbers = 1, _numbers(before)
+
+    if mnemonic in ("prfm", "prfum"):
+        return Decoded("prefetch", address, frozenset(), base)
+    if mnemonic in ATOMIC_UPDATES:
+        name, reads, writes, flags = "atomic", _numbers(before[:1]), _numbers(before[1:]), "LS"
+    elif mnemonic in COMPARE_AND_SWAPS:
+        name, reads, writes, flags = "atomic", numbers, _numbers(before[:1]), "LS"
+    elif mnemonic in COMPARE_AND_SWAP_PAIRS:
+        name, reads, writes, flags = "atomic", numbers, _numbers(before[:2]), "LS"
+    elif mnemonic in ORDERED_LOADS:
+        name, reads, writes, flags = "atomic", frozenset(), numbers, "L"
+    elif mnemonic in ORDERED_STORES:
+        name, reads, writes, flags = "atomic", numbers, frozenset(), "S"
+    elif mnemonic in EXCLUSIVE_STORES:
+        name, reads, writes, flags = "atomic", _numbers(before[1:]), _numbers(before[:1]), "S"
+    elif mnemonic in LOADS:
+        name, reads, writes, flags = _memory_class(mnemonic, before[0], True), frozenset(), numbers, "L"
+    elif mnemonic in STORES:
+        name, reads, writes, flags = _memory_class(mnemonic, before[0], False), numbers, frozenset(), "S"
+    elif mnemonic in LOAD_PAIRS:
+        kind = before[0][0]
+        name = {"q": "load_pair_q", "d": "load_pair_d", "s": "load_pair_d"}.get(kind, "load_pair")
+        reads, writes, flags, registers = frozenset(), numbers, "L", 2 if kind == "q" else 1
+    elif mnemonic in STORE_PAIRS:
+        kind = before[0][0]
+        name = {"q": "store_pair_q", "d": "store_q", "s": "store_d"}.get(kind, "store")
+        reads, writes, flags, registers = numbers, frozenset(), "S", 2 if kind == "q" else 1
+    elif mnemonic in STRUCTURES or mnemonic in REPLICATES:
+        listed = frozenset(_list(before[0])[0])
+        name, registers = _structure(mnemonic, before[0])
+        loads = mnemonic.startswith("ld")
+        reads = listed if not loads or name == "load_lane" else frozenset()
+        writes, flags = listed if loads else frozenset(), "L" if loads else "S"
+    else:
+        return None
+    if back:
+        assert base is not None
+        writes, flags = writes | {base}, flags + "W"
+    return Decoded(name, address | reads, writes, base, registers=registers, flags=flags)
+
+
+def _vector_class(rule: Rule, mnemonic: str, operands: list[str]) -> str:
+    first = operands[0]
+    bits = _arrangement(first)[0]
+    if rule.name == "imac_by_width":
+        return "imac_q" if bits == 128 else "imac"
+    if rule.name == "fadd_across":
+        return "fadd_q" if _arrangement(operands[1])[0] == 128 else "fadd_d"
+    if mnemonic in "addp faddp fmaxp fminp fmaxnmp fminnmp".split() and "." not in first:
+        return "vaccumulate" if mnemonic == "addp" else "fadd_d"
+    if mnemonic == "dup" and _is_general(operands[1]) or mnemonic == "ins" and _is_general(operands[1]):
+        return "general_to_vector"
+    if mnemonic == "ins":
+        return "permute_q"
+    if mnemonic.startswith(("sha1", "sha256", "sha512")):
+        return "valu_q"
+    if rule.name in VECTOR_CLASSES:
+        return rule.name + ("_q" if bits == 128 or (rule.full_width and "." in first) else "_d")
+    return rule.name
+
+
+def _fmov(operands: list[str]) -> Decoded:
+    to, source = operands
+    reads = _numbers([source, to] if "[" in to else [source])
+    if _is_general(to):
+        name = "vector_to_general"
+    else:
+        name = "general_to_vector" if _is_general(source) else "vmov"
+    return Decoded(name, reads, _numbers([to]))
+
+
+def _vector(mnemonic: str, operands: list[str]) -> Decoded | None:
+    if mnemonic == "fmov":
+        return _fmov(operands)
+    rule = VECTOR_RULES.get(mnemonic)
+    if rule is None:
+        return None
+    first = operands[0]
+    writes = frozenset() if mnemonic in NO_DESTINATION else _numbers([first])
+    reads = _numbers(operands if mnemonic in NO_DESTINATION else operands[1:])
+    for operand in operands:
+        if operand.startswith("{"):
+            reads |= frozenset(_list(operand)[0])
+    accumulator = None
+    # ORR and BIC with an immediate change their only register.
+    if rule.accumulates or rule.keeps or (mnemonic in ("orr", "bic") and not _is_vector(operands[1])):
+        reads |= _numbers([first])
+    if mnemonic == "ins":
+        reads |= writes
+    if rule.accumulates:
+        accumulator = _register(first)
+    elif mnemonic in ("fmadd", "fmsub", "fnmadd", "fnmsub"):
+        accumulator = _register(operands[3])
+    if mnemonic in READS_FLAGS:
+        reads |= {FLAGS}
+    if mnemonic in WRITES_FLAGS:
+        writes |= {FLAGS}
+    macs = MACS_FOR_EACH_LANE.get(mnemonic, 0) * _arrangement(first)[1]
+    return Decoded(_vector_class(rule, mnemonic, operands), reads, writes, None, accumulator, 1, macs)
+
+
+def _shifts(operands: list[str]) -> bool:
+    """Whether the last register is shifted or extended. An extension of all of its bits is none."""
+    if not _register_like(operands[-2]):
+        return False
+    kind, _, amount = operands[-1].partition(" ")
+    if kind not in "lsl lsr asr ror uxtb uxth uxtw uxtx sxtb sxth sxtw sxtx".split():
+        return False
+    if amount and amount != "#0":
+        return True
+    whole = {"uxtx", "sxtx"} if operands[0][0] == "x" or operands[1][0] == "x" or operands[0] == "sp" else {
+        "uxtw", "sxtw", "uxtx", "sxtx"
+    }  # fmt: skip
+    return kind[1:3] == "xt" and kind not in whole
+
+
+def _register_like(operand: str) -> bool:
+    return _is_general(operand) or _is_vector(operand)
+
+
+def _general(mnemonic: str, operands: list[str]) -> Decoded | None:
+    rule = GENERAL_RULES.get(mnemonic)
+    if rule is None:
+        return None
+    name = rule.name
+    if name == "alu" and len(operands) >= 3 and _shifts(operands):
+        name = "alu_shift"
+    if mnemonic in NO_DESTINATION:
+        writes, reads = frozenset(), _numbers(operands)
+    elif mnemonic in ("adr", "adrp"):
+        writes, reads = _numbers(operands[:1]), frozenset()
+    else:
+        writes, reads = _numbers(operands[:1]), _numbers(operands[1:])
+    if rule.keeps:
+        reads |= _numbers(operands[:1])
+    accumulator = _register(operands[3]) if mnemonic in "madd msub smaddl smsubl umaddl umsubl".split() else None
+    if mnemonic in READS_FLAGS or (mnemonic == "mrs" and operands[1] == "nzcv"):
+        reads |= {FLAGS}
+    if mnemonic in WRITES_FLAGS or (mnemonic == "msr" and operands[0] == "nzcv"):
+        writes |= {FLAGS}
+    return Decoded(name, reads, writes, None, accumulator)
+
+
+def _expected(word: int, mnemonic: str, text: str) -> Decoded | None:
+    """None: the tables do not have it."""
+    # SVE and SME have two of the sixteen rows of the top-level table to themselves (with UDF).
+    if word >> 25 & 15 in (0, 2) or mnemonic in UNSUPPORTED or mnemonic.startswith(("cpy", "setg", "setp", "setm", "sete")):
+        return Decoded("nop", frozenset(), frozenset())
+    operands = _split(text)
+    if mnemonic[0] in "bcter":
+        branch = _branch(mnemonic, operands)
+        if branch is not None:
+            return branch
+    memory = _memory(mnemonic, operands)
+    if memory is not None:
+        return memory
+    if any(_is_vector(operand) for operand in operands) and mnemonic not in ("adr", "adrp"):
+        return _vector(mnemonic, operands)
+    return _general(mnemonic, operands)
+
+
+# The two sides
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Path:
+    if not shutil.which("cc"):
+        pytest.skip("cc is not installed")
+    program = tmp_path_factory.mktemp("decoder") / "dump"
+    options = "-std=c11 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover".split()
+    sources = [SIMULATOR / "decode.c", Path(__file__).parent / "decoder_dump.c"]
+    subprocess.run(["cc", *options, f"-I{SIMULATOR}", *sources, "-o", program], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def binutils():
+    for program in (OBJDUMP, ASSEMBLER):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed; get it with `{toolchain.INSTALL}`")
+
+
+class Line(NamedTuple):
+    name: str
+    sources: list[int]
+    destinations: list[int]
+    accumulator: int
+    registers: int
+    macs: int
+    flags: str
+
+
+def _decode(decoder: Path, words: list[int]) -> Iterator[Line]:
+    text = "\n".join(f"{word:x}" for word in words)
+    ran = subprocess.run([decoder], input=text, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert len(lines) == len(words)
+    for line in lines:
+        name, sources, destinations, accumulator, registers, macs, flags = line.split("\t")
+        yield Line(
+            name,
+            [int(number) for number in sources.split(",")] if sources else [],
+            [int(number) for number in destinations.split(",")] if destinations else [],
+            int(accumulator),
+            int(registers),
+            int(macs),
+            flags,
+        )
+
+
+def _seen(line: Line, expected: Decoded) -> Decoded:
+    base = expected.base
+    if base is not None and (line.sources[:1] != [base] or ("W" in line.flags and line.destinations[:1] != [base])):
+        base = -1
+    accumulator = line.sources[line.accumulator - 1] if line.accumulator else None
+    return Decoded(
+        line.name,
+        frozenset(line.sources),
+        frozenset(line.destinations),
+        base,
+        accumulator,
+        line.registers,
+        line.macs,
+        line.flags,
+    )
+
+
+def _disassemble(arguments: list[str | Path]) -> Iterator[tuple[int, str, str]]:
+    """Word, mnemonic, operands, as the encoding has them and not by an alias."""
+    command = [OBJDUMP, "-M", "no-aliases", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            parts = line.split("\t", 3)
+            if len(parts) >= 3 and len(parts[1].strip()) == 8:
+                yield int(parts[1], 16), parts[2].strip(), parts[3] if len(parts) == 4 else ""
+    assert process.returncode == 0
+
+
+def _disassemble_words(words: Iterable[int], folder: Path) -> Iterator[tuple[int, str, str]]:
+    binary = folder / "words"
+    binary.write_bytes(b"".join(struct.pack("<I", word) for word in words))
+    return _disassemble(["-D", "-z", "-b", "binary", "-m", "aarch64", binary])
+
+
+def _check(decoder: Path, instructions: dict[int, tuple[str, str]]) -> int:
+    """Every word as its text says; how many were compared."""
+    words = [word for word, (mnemonic, _) in instructions.items() if mnemonic[0] != "."]  # .inst: not allocated
+    wrong: dict[str, list[str]] = {}
+    for word, line in zip(words, _decode(decoder, words), strict=True):
+        mnemonic, text = instructions[word]
+        expected = _expected(word, mnemonic, text)
+        if expected is None:
+            wrong.setdefault(mnemonic, []).append(f"{word:08x} {mnemonic} {text.strip()}: not in the tables")
+            continue
+        seen = _seen(line, expected)
+        if seen != expected:
+            differing = [
+                f"{field} is {had!r} and should be {should!r}"
+                for field, had, should in zip(Decoded._fields, seen, expected, strict=True)
+                if had != should
+            ]
+            wrong.setdefault(mnemonic, []).append(f"{word:08x} {mnemonic} {text.strip()}: " + ", ".join(differing))
+    report = [f"{len(cases)} x {cases[0]}" for _, cases in sorted(wrong.items())]
+    assert not report, "\n".join(report)
+    return len(words)
+
+
+def test_every_instruction_of_the_library(decoder, binutils):
+    libraries = sorted((toolchain.sdk() / "lib").glob("lib*.so"))
+    assert libraries
+    instructions: dict[int, tuple[str, str]] = {}
+    for library in libraries:
+        for word, mnemonic, text in _disassemble(["-d", library]):
+            if word not in instructions:
+                instructions[word] = mnemonic, text
+    assert _check(decoder, instructions) > 300_000
+
+
+def test_words_at_random(decoder, binutils, tmp_path):
+    draw = random.Random(0)
+    words = list(dict.fromkeys(draw.getrandbits(32) for _ in range(200_000)))
+    _check(decoder, {word: (mnemonic, text) for word, mnemonic, text in _disassemble_words(words, tmp_path)})
