@@ -83,6 +83,11 @@ static void add_subtract_immediate_with_tags(uint32_t word, struct instruction *
     write_general_or_sp(out, rd(word));
 }
 
+static void min_max_immediate(uint32_t word, struct instruction *out) {
+    read_general(out, rn(word));
+    write_general(out, rd(word));
+}
+
 static void logical_immediate(uint32_t word, struct instruction *out) {
     read_general(out, rn(word));
     if (bits(word, 30, 29) == 3) {  // ANDS
@@ -117,7 +122,10 @@ static void data_processing_immediate(uint32_t word, struct instruction *out) {
     switch (bits(word, 25, 23)) {
         case 0: case 1: write_general(out, rd(word)); break;  // PC-relative addressing
         case 2: add_subtract_immediate(word, out); break;
-        case 3: add_subtract_immediate_with_tags(word, out); break;
+        case 3:
+            if (bit(word, 22)) min_max_immediate(word, out);
+            else add_subtract_immediate_with_tags(word, out);
+            break;
         case 4: logical_immediate(word, out); break;
         case 5: move_wide_immediate(word, out); break;
         case 6: bitfield(word, out); break;
@@ -161,6 +169,7 @@ static void system_instruction(uint32_t word, struct instruction *out) {
     if (op0 == 0) {
         if ((word & 0xffffffc0) == 0xd5031000) read_general(out, rd(word));  // WFET, WFIT
         if (bits(word, 18, 12) == 4 && bits(word, 7, 5) <= 2) {              // CFINV, XAFLAG, AXFLAG
+            out->class = CLASS_ALU;
             read_flags(out);
             write_flags(out);
         }
