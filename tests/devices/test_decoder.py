@@ -21,6 +21,11 @@ FLAGS = 64
 SP = 31
 LINK = 30
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # What follows a mnemonic in these tables: "+" adds to its first operand, "~" keeps a part of it; "*" is a 128-bit
 # operation also where its first operand has 64 bits, unless that is a scalar.
 VECTOR_CLASSES = {
@@ -95,64 +100,64 @@ GENERAL_CLASSES = {
     """,
 }
 # Nothing that these write is a register of theirs.
-NO_DESTINATION = set(
+NO_DESTINATION = _words(
     """
     fcmp fcmpe fccmp fccmpe ccmp ccmn rmif setf8 setf16 msr sys wfet wfit
-    """.split()
+    """
 )
-WRITES_FLAGS = set(
+WRITES_FLAGS = _words(
     """
     adds subs adcs sbcs ands bics ccmp ccmn fcmp fcmpe fccmp fccmpe rmif setf8 setf16 cfinv axflag xaflag subps fjcvtzs
-    """.split()
+    """
 )
-READS_FLAGS = set(
+READS_FLAGS = _words(
     """
     adc adcs sbc sbcs csel csinc csinv csneg ccmp ccmn fcsel fccmp fccmpe rmif setf8 setf16 cfinv axflag xaflag
-    """.split()
+    """
 )
 MACS_FOR_EACH_LANE = {
-    **dict.fromkeys("sdot udot usdot sudot".split(), 4),
+    **dict.fromkeys(_words("sdot udot usdot sudot"), 4),
     **dict.fromkeys(["bfdot"], 2),
-    **dict.fromkeys("smmla ummla usmmla".split(), 8),
+    **dict.fromkeys(_words("smmla ummla usmmla"), 8),
     **dict.fromkeys(["bfmmla"], 4),
     **dict.fromkeys(
-        """
+        _words("""
         fmla fmls fmlal fmlal2 fmlsl fmlsl2 fcmla bfmlalb bfmlalt fmadd fmsub fnmadd fnmsub
         mla mls sqrdmlah sqrdmlsh smlal smlal2 smlsl smlsl2 umlal umlal2 umlsl umlsl2
         sqdmlal sqdmlal2 sqdmlsl sqdmlsl2 smull smull2 umull umull2 sqdmull sqdmull2
-        """.split(),
+        """),
         1,
     ),
 }
 # Extensions that no supported core has: transactional memory, tags in memory, memory copy, 64-byte accesses.
-UNSUPPORTED = set(
+UNSUPPORTED = _words(
     """
     tstart ttest stg st2g stzg stz2g ldg ldgm stgm stzgm stgp ld64b st64b st64bv st64bv0
-    """.split()
+    """
 )
 
 ORDERS = ("", "a", "l", "al")
 SIZES = ("", "b", "h")
 ATOMIC_UPDATES = {
     operation + order + size
-    for operation in "ldadd ldclr ldeor ldset ldsmax ldsmin ldumax ldumin swp".split()
+    for operation in _words("ldadd ldclr ldeor ldset ldsmax ldsmin ldumax ldumin swp")
     for order in ORDERS
     for size in SIZES
 }
 COMPARE_AND_SWAPS = {"cas" + order + size for order in ORDERS for size in SIZES}
 COMPARE_AND_SWAP_PAIRS = {"casp" + order for order in ORDERS}
-ORDERED_LOADS = {name + size for name in "ldar ldlar ldapr ldapur ldxr ldaxr".split() for size in SIZES} | set(
-    "ldapursb ldapursh ldapursw ldxp ldaxp".split()
+ORDERED_LOADS = {name + size for name in _words("ldar ldlar ldapr ldapur ldxr ldaxr") for size in SIZES} | _words(
+    "ldapursb ldapursh ldapursw ldxp ldaxp"
 )
 ORDERED_STORES = {name + size for name in ("stlr", "stllr", "stlur") for size in SIZES}
 EXCLUSIVE_STORES = {name + size for name in ("stxr", "stlxr") for size in SIZES} | {"stxp", "stlxp"}
-LOADS = set(
+LOADS = _words(
     """
     ldr ldrb ldrh ldrsb ldrsh ldrsw ldur ldurb ldurh ldursb ldursh ldursw ldtr ldtrb ldtrh ldtrsb ldtrsh ldtrsw
     ldraa ldrab
-    """.split()
+    """
 )
-STORES = set("str strb strh stur sturb sturh sttr sttrb sttrh".split())
+STORES = _words("str strb strh stur sturb sturh sttr sttrb sttrh")
 LOAD_PAIRS = {"ldp", "ldnp", "ldpsw"}
 STORE_PAIRS = {"stp", "stnp"}
 STRUCTURES = {f"{name}{count}" for name in ("ld", "st") for count in (1, 2, 3, 4)}
@@ -283,7 +288,7 @@ def _branch(mnemonic: str, operands: list[str]) -> Decoded | None:
         sources = frozenset({LINK, SP})
     elif mnemonic in ("eretaa", "eretab"):
         sources = frozenset({SP})
-    elif mnemonic in "br blr braa brab blraa blrab braaz brabz blraaz blrabz".split():
+    elif mnemonic in _words("br blr braa brab blraa blrab braaz brabz blraaz blrabz"):
         sources = _numbers(operands)
     elif mnemonic not in ("b", "bl", "eret", "drps"):
         return None
@@ -371,9 +376,9 @@ def _vector_class(rule: Rule, mnemonic: str, operands: list[str]) -> str:
         return "imac_q" if bits == 128 else "imac"
     if rule.name == "fadd_across":
         return "fadd_q" if _arrangement(operands[1])[0] == 128 else "fadd_d"
-    if mnemonic in "addp faddp fmaxp fminp fmaxnmp fminnmp".split() and "." not in first:
+    if mnemonic in _words("addp faddp fmaxp fminp fmaxnmp fminnmp") and "." not in first:
         return "vaccumulate" if mnemonic == "addp" else "fadd_d"
-    if mnemonic == "dup" and _is_general(operands[1]) or mnemonic == "ins" and _is_general(operands[1]):
+    if mnemonic in ("dup", "ins") and _is_general(operands[1]):
         return "general_to_vector"
     if mnemonic == "ins":
         return "permute_q"
@@ -388,10 +393,8 @@ def _fmov(operands: list[str]) -> Decoded:
     to, source = operands
     reads = _numbers([source, to] if "[" in to else [source])
     if _is_general(to):
-        name = "vector_to_general"
-    else:
-        name = "general_to_vector" if _is_general(source) else "vmov"
-    return Decoded(name, reads, _numbers([to]))
+        return Decoded("vector_to_general", reads, _numbers([to]))
+    return Decoded("general_to_vector" if _is_general(source) else "vmov", reads, _numbers([to]))
 
 
 def _vector(mnemonic: str, operands: list[str]) -> Decoded | None:
@@ -429,13 +432,12 @@ def _shifts(operands: list[str]) -> bool:
     if not _register_like(operands[-2]):
         return False
     kind, _, amount = operands[-1].partition(" ")
-    if kind not in "lsl lsr asr ror uxtb uxth uxtw uxtx sxtb sxth sxtw sxtx".split():
+    if kind not in _words("lsl lsr asr ror uxtb uxth uxtw uxtx sxtb sxth sxtw sxtx"):
         return False
     if amount and amount != "#0":
         return True
-    whole = {"uxtx", "sxtx"} if operands[0][0] == "x" or operands[1][0] == "x" or operands[0] == "sp" else {
-        "uxtw", "sxtw", "uxtx", "sxtx"
-    }  # fmt: skip
+    wide = operands[0] == "sp" or operands[0][0] == "x"
+    whole = _words("uxtx sxtx") if wide else _words("uxtw sxtw uxtx sxtx")
     return kind[1:3] == "xt" and kind not in whole
 
 
@@ -458,7 +460,7 @@ def _general(mnemonic: str, operands: list[str]) -> Decoded | None:
         writes, reads = _numbers(operands[:1]), _numbers(operands[1:])
     if rule.keeps:
         reads |= _numbers(operands[:1])
-    accumulator = _register(operands[3]) if mnemonic in "madd msub smaddl smsubl umaddl umsubl".split() else None
+    accumulator = _register(operands[3]) if mnemonic in _words("madd msub smaddl smsubl umaddl umsubl") else None
     if mnemonic in READS_FLAGS or (mnemonic == "mrs" and operands[1] == "nzcv"):
         reads |= {FLAGS}
     if mnemonic in WRITES_FLAGS or (mnemonic == "msr" and operands[0] == "nzcv"):
@@ -496,9 +498,10 @@ def decoder(tmp_path_factory) -> Path:
     if not shutil.which("cc"):
         pytest.skip("cc is not installed")
     program = tmp_path_factory.mktemp("decoder") / "dump"
-    options = "-std=c11 -O1 -g -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover".split()
+    options = ["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover"]
     sources = [SIMULATOR / "decode.c", Path(__file__).parent / "decoder_dump.c"]
-    subprocess.run(["cc", *options, f"-I{SIMULATOR}", *sources, "-o", program], check=True)
+    subprocess.run(["cc", *options, *sanitizers, f"-I{SIMULATOR}", *sources, "-o", program], check=True)
     return program
 
 
@@ -625,6 +628,10 @@ RARE_GROUPS = {
     "exceptions": (0xD4000000, 0xFF00001C),
     "unconditional branch (register)": (0xD61F0000, 0xFE1FF000),
     "exclusive and ordered": (0x08000000, 0x3F000000),
+    "compare and swap": (0x08A07C00, 0x3FA07C00),
+    "compare and swap pair": (0x08207C00, 0xBFA07C00),
+    "LDAR": (0x08DFFC00, 0x3FFFFC00),
+    "LDAPR": (0x38BFC000, 0x3FFFFC00),
     "LDAPR/STLR (unscaled)": (0x19000000, 0x3F200C00),
     "atomic memory operations": (0x38200000, 0x3F200C00),
     "load register (PAC)": (0xF8200400, 0xFF200400),
