@@ -1,6 +1,6 @@
-// One function per encoding group of the Arm ARM, chapter C4, named as the group is. Words that no group allocates, SVE
-// and SME, and extensions that no supported core has (MTE's loads and stores, MOPS, LS64) come out as CLASS_NOP without
-// registers.
+// One function per encoding group of the Arm ARM, chapter C4, named as the group is. SVE and SME, and extensions that
+// no supported core has (MTE's loads and stores, MOPS, LS64), come out as CLASS_NOP without registers. An unallocated
+// word may come out as its neighbour: it is never executed.
 #include "decode.h"
 
 #include <string.h>
@@ -37,7 +37,8 @@ static void write_register(struct instruction *out, unsigned index) {
     out->destination[out->destinations++] = (uint8_t)index;
 }
 
-// Register 31 is the zero register in the first two, the stack pointer in the others.
+// Register 31 is the zero register in the first two, the stack pointer in the others. Vectors are counted modulo 32: a
+// list of them goes on with V0 behind V31.
 static void read_general(struct instruction *out, unsigned number) {
     if (number != ZERO_REGISTER) read_register(out, number);
 }
@@ -55,7 +56,7 @@ static void write_vector(struct instruction *out, unsigned number) {
 static void read_flags(struct instruction *out) { read_register(out, FLAGS_REGISTER); }
 static void write_flags(struct instruction *out) { write_register(out, FLAGS_REGISTER); }
 
-// Before any other destination.
+// To be called before any other destination is written.
 static void write_back(struct instruction *out, unsigned base) {
     write_general_or_sp(out, base);
     out->writes_back = true;
@@ -81,6 +82,11 @@ static void add_subtract_immediate(uint32_t word, struct instruction *out) {
 static void add_subtract_immediate_with_tags(uint32_t word, struct instruction *out) {
     read_general_or_sp(out, rn(word));
     write_general_or_sp(out, rd(word));
+}
+
+static void min_max_immediate(uint32_t word, struct instruction *out) {
+    read_general(out, rn(word));
+    write_general(out, rd(word));
 }
 
 static void logical_immediate(uint32_t word, struct instruction *out) {
@@ -115,9 +121,12 @@ static void extract(uint32_t word, struct instruction *out) {
 static void data_processing_immediate(uint32_t word, struct instruction *out) {
     out->class = CLASS_ALU;
     switch (bits(word, 25, 23)) {
-        case 0: case 1: write_general(out, rd(word)); break;  // PC-relative addressing
+        case 0: case 1: write_general(out, rd(word)); break;  // PC-relative addressing: ADR, ADRP
         case 2: add_subtract_immediate(word, out); break;
-        case 3: add_subtract_immediate_with_tags(word, out); break;
+        case 3:
+            if (bit(word, 22)) min_max_immediate(word, out);
+            else add_subtract_immediate_with_tags(word, out);
+            break;
         case 4: logical_immediate(word, out); break;
         case 5: move_wide_immediate(word, out); break;
         case 6: bitfield(word, out); break;
@@ -161,6 +170,7 @@ static void system_instruction(uint32_t word, struct instruction *out) {
     if (op0 == 0) {
         if ((word & 0xffffffc0) == 0xd5031000) read_general(out, rd(word));  // WFET, WFIT
         if (bits(word, 18, 12) == 4 && bits(word, 7, 5) <= 2) {              // CFINV, XAFLAG, AXFLAG
+            out->class = CLASS_ALU;
             read_flags(out);
             write_flags(out);
         }
@@ -192,8 +202,7 @@ static void branches_exceptions_system(uint32_t word, struct instruction *out) {
 
 // Loads and stores
 
-// Rn, and Rm where there is one; the base is written back first.
-static void address(struct instruction *out, unsigned base, bool updates) {
+static void base_register(struct instruction *out, unsigned base, bool updates) {
     read_general_or_sp(out, base);
     if (updates) write_back(out, base);
 }
@@ -236,7 +245,7 @@ static void load_store_multiple_structures(uint32_t word, struct instruction *ou
     const unsigned count = structure_registers(bits(word, 15, 12));
     const bool quad = bit(word, 30), loads = bit(word, 22);
     if (count == 0) return;
-    address(out, rn(word), bit(word, 23));
+    base_register(out, rn(word), bit(word, 23));
     if (bit(word, 23)) read_general(out, rm(word));
     for (unsigned i = 0; i < count; i++) {
         if (loads) vector_load(out, rd(word) + i, quad);
@@ -252,7 +261,7 @@ static void load_store_single_structure(uint32_t word, struct instruction *out) 
     const unsigned opcode = bits(word, 15, 13), count = 1 + bit(word, 21) + 2 * (opcode & 1);
     const bool loads = bit(word, 22), replicates = opcode >= 6;
     if (replicates && !loads) return;
-    address(out, rn(word), bit(word, 23));
+    base_register(out, rn(word), bit(word, 23));
     if (bit(word, 23)) read_general(out, rm(word));
     for (unsigned i = 0; i < count; i++) {
         if (loads) write_vector(out, rd(word) + i);
@@ -260,8 +269,9 @@ static void load_store_single_structure(uint32_t word, struct instruction *out) 
     }
     out->loads = loads;
     out->stores = !loads;
-    out->class = replicates ? CLASS_LOAD_REPLICATE : loads ? CLASS_LOAD_LANE : CLASS_STORE_LANE;
-    out->registers = (uint8_t)count;  // each takes a step of its own, however little of it moves
+    if (replicates) out->class = CLASS_LOAD_REPLICATE;
+    else out->class = loads ? CLASS_LOAD_LANE : CLASS_STORE_LANE;
+    out->registers = (uint8_t)count;  // each is a unit, however little of it moves
 }
 
 static void compare_and_swap_pair(uint32_t word, struct instruction *out) {
@@ -315,7 +325,7 @@ static void load_register_literal(uint32_t word, struct instruction *out) {
 }
 
 // LDAPUR, STLUR and their kind.
-static void ldapr_stlr_unscaled_immediate(uint32_t word, struct instruction *out) {
+static void ldapr_stlr_unscaled(uint32_t word, struct instruction *out) {
     read_general_or_sp(out, rn(word));
     if (bits(word, 23, 22) == 0) general_store(out, rd(word));
     else general_load(out, rd(word));
@@ -326,7 +336,7 @@ static void load_store_pair(uint32_t word, struct instruction *out) {
     const unsigned opc = bits(word, 31, 30);
     const bool vector = bit(word, 26), loads = bit(word, 22);
     if (opc == 3 || (opc == 1 && !vector && !loads)) return;  // the latter is STGP
-    address(out, rn(word), bit(word, 23));
+    base_register(out, rn(word), bit(word, 23));
     out->loads = loads;
     out->stores = !loads;
     const unsigned numbers[2] = {rd(word), ra(word)};
@@ -359,7 +369,7 @@ static void atomic_memory_operation(uint32_t word, struct instruction *out) {
 // LDRAA, LDRAB.
 static void load_register_pac(uint32_t word, struct instruction *out) {
     if (bits(word, 31, 30) != 3 || bit(word, 26)) return;
-    address(out, rn(word), bit(word, 11));
+    base_register(out, rn(word), bit(word, 11));
     general_load(out, rd(word));
 }
 
@@ -367,7 +377,7 @@ static void load_register_pac(uint32_t word, struct instruction *out) {
 static void load_store_register(uint32_t word, struct instruction *out, bool updates, bool indexed) {
     const unsigned size = bits(word, 31, 30), opc = bits(word, 23, 22);
     if (bit(word, 26) ? size != 0 && opc >= 2 : opc == 3 && size >= 2) return;
-    address(out, rn(word), updates);
+    base_register(out, rn(word), updates);
     if (indexed) read_general(out, rm(word));
     if (bit(word, 26)) {
         if (opc & 1) vector_load(out, rd(word), opc == 3);
@@ -383,27 +393,30 @@ static void load_store_register(uint32_t word, struct instruction *out, bool upd
 
 static void load_store_register_forms(uint32_t word, struct instruction *out) {
     const unsigned form = bits(word, 11, 10);
-    if (bit(word, 24)) load_store_register(word, out, false, false);        // unsigned immediate
-    else if (!bit(word, 21)) load_store_register(word, out, form & 1, false);  // unscaled, unprivileged, indexed
-    else if (form == 0) atomic_memory_operation(word, out);
-    else if (form == 2) load_store_register(word, out, false, true);        // register offset
-    else load_register_pac(word, out);
+    if (bit(word, 24)) {  // unsigned immediate
+        load_store_register(word, out, false, false);
+    } else if (!bit(word, 21)) {  // unscaled immediate, unprivileged; post-indexed and pre-indexed, with odd numbers
+        load_store_register(word, out, form & 1, false);
+    } else if (form == 0) {
+        atomic_memory_operation(word, out);
+    } else if (form == 2) {  // register offset
+        load_store_register(word, out, false, true);
+    } else {
+        load_register_pac(word, out);
+    }
 }
 
 static void loads_and_stores(uint32_t word, struct instruction *out) {
+    const bool vector = bit(word, 26), upper = bit(word, 24);
     switch (bits(word, 29, 27)) {
         case 1:
-            if (bit(word, 26)) {
-                if (bit(word, 31)) return;
-                if (bit(word, 24)) load_store_single_structure(word, out);
-                else load_store_multiple_structures(word, out);
-            } else if (!bit(word, 24)) {
-                exclusive_and_ordered(word, out);
-            }
+            if (!vector && !upper) exclusive_and_ordered(word, out);
+            else if (vector && !upper && !bit(word, 31)) load_store_multiple_structures(word, out);
+            else if (vector && upper && !bit(word, 31)) load_store_single_structure(word, out);
             break;
         case 3:
-            if (!bit(word, 24)) load_register_literal(word, out);
-            else if (!bit(word, 26) && !bit(word, 21) && bits(word, 11, 10) == 0) ldapr_stlr_unscaled_immediate(word, out);
+            if (!upper) load_register_literal(word, out);
+            else if (!vector && !bit(word, 21) && bits(word, 11, 10) == 0) ldapr_stlr_unscaled(word, out);
             break;
         case 5: load_store_pair(word, out); break;
         case 7: load_store_register_forms(word, out); break;
@@ -496,16 +509,17 @@ static void data_processing_one_source(uint32_t word, struct instruction *out) {
     write_general(out, rd(word));
 }
 
+// `macs` stays 0: it counts what a network computes, and these compute indices nearly always.
 static void data_processing_three_source(uint32_t word, struct instruction *out) {
+    const bool upper_half = bits(word, 22, 21) == 2;  // SMULH, UMULH: without an addend
     out->class = CLASS_MUL;
     read_general(out, rn(word));
     read_general(out, rm(word));
-    if (ra(word) != ZERO_REGISTER && (bits(word, 23, 21) & 3) != 2) {  // SMULH has no addend
+    if (!upper_half && ra(word) != ZERO_REGISTER) {
         read_general(out, ra(word));
         out->accumulator = out->sources;
     }
     write_general(out, rd(word));
-    // `macs` counts what a network computes. These are indices, nearly always.
 }
 
 static void data_processing_register(uint32_t word, struct instruction *out) {
@@ -514,19 +528,21 @@ static void data_processing_register(uint32_t word, struct instruction *out) {
         if (!bit(word, 24)) logical_shifted_register(word, out);
         else if (!bit(word, 21)) add_subtract_shifted_register(word, out);
         else add_subtract_extended_register(word, out);
-    } else if (bit(word, 24)) {
+        return;
+    }
+    if (bit(word, 24)) {
         data_processing_three_source(word, out);
-    } else {
-        switch (bits(word, 23, 21)) {
-            case 0: with_carry(word, out); break;
-            case 2: conditional_compare(word, out); break;
-            case 4: conditional_select(word, out); break;
-            case 6:
-                if (bit(word, 30)) data_processing_one_source(word, out);
-                else data_processing_two_source(word, out);
-                break;
-            default: out->class = CLASS_NOP; break;
-        }
+        return;
+    }
+    switch (bits(word, 23, 21)) {
+        case 0: with_carry(word, out); break;
+        case 2: conditional_compare(word, out); break;
+        case 4: conditional_select(word, out); break;
+        case 6:
+            if (bit(word, 30)) data_processing_one_source(word, out);
+            else data_processing_two_source(word, out);
+            break;
+        default: out->class = CLASS_NOP; break;
     }
 }
 
@@ -608,30 +624,32 @@ static void floating_point_conditional_select(uint32_t word, struct instruction 
 }
 
 static void scalar_floating_point(uint32_t word, struct instruction *out) {
-    if (bit(word, 29)) return;
+    if (bit(word, 29)) return;  // not allocated
     if (bit(word, 24)) {
         floating_point_multiply_add(word, out);
-    } else if (!bit(word, 21)) {
+        return;
+    }
+    if (!bit(word, 21)) {  // fixed point
         floating_point_and_general(word, out);
-    } else {
-        switch (bits(word, 11, 10)) {
-            case 1: floating_point_conditional_compare(word, out); break;
-            case 2: floating_point_two_source(word, out); break;
-            case 3: floating_point_conditional_select(word, out); break;
-            default:
-                if (bit(word, 12)) floating_point_immediate(word, out);
-                else if (bit(word, 13)) floating_point_compare(word, out);
-                else if (bit(word, 14)) floating_point_one_source(word, out);
-                else if (bits(word, 15, 10) == 0) floating_point_and_general(word, out);
-                break;
-        }
+        return;
+    }
+    switch (bits(word, 11, 10)) {
+        case 1: floating_point_conditional_compare(word, out); break;
+        case 2: floating_point_two_source(word, out); break;
+        case 3: floating_point_conditional_select(word, out); break;
+        default:
+            if (bit(word, 12)) floating_point_immediate(word, out);
+            else if (bit(word, 13)) floating_point_compare(word, out);
+            else if (bit(word, 14)) floating_point_one_source(word, out);
+            else if (!bit(word, 15)) floating_point_and_general(word, out);
+            break;
     }
 }
 
-// Advanced SIMD. The scalar groups have the vector groups' opcodes.
+// Advanced SIMD. The groups of scalars have the opcodes of the vectors' groups, and share their functions.
 
 static bool scalar(uint32_t word) { return bit(word, 28); }
-static bool wide(uint32_t word) { return bit(word, 30) && !scalar(word); }
+static bool wide(uint32_t word) { return bit(word, 30) && !scalar(word); }  // 128 bits; a scalar has Q set, too
 static unsigned element_size(uint32_t word) { return bits(word, 23, 22); }  // log2 of bytes
 
 static void by_width(uint32_t word, struct instruction *out, enum instruction_class d, enum instruction_class q) {
@@ -639,10 +657,10 @@ static void by_width(uint32_t word, struct instruction *out, enum instruction_cl
 }
 
 // Elements of 2^size bytes.
-static uint8_t lanes(uint32_t word, unsigned size) { return scalar(word) ? 1 : (wide(word) ? 16 : 8) >> size; }
+static unsigned lanes(uint32_t word, unsigned size) { return scalar(word) ? 1 : (wide(word) ? 16u : 8u) >> size; }
 
-// Lanes of an operation whose results are twice as wide as its elements of 2^size bytes.
-static uint8_t widened_lanes(uint32_t word, unsigned size) { return scalar(word) ? 1 : 8 >> size; }
+// Results of an operation that makes them twice as wide as its elements of 2^size bytes.
+static unsigned widened_lanes(uint32_t word, unsigned size) { return scalar(word) ? 1 : 8u >> size; }
 
 static void vectors(uint32_t word, struct instruction *out) {
     read_vector(out, rn(word));
@@ -656,20 +674,34 @@ static void multiply_accumulate(uint32_t word, struct instruction *out, enum ins
     accumulate(out, rd(word));
 }
 
-static enum instruction_class fma_class(uint32_t word) { return wide(word) ? CLASS_FMA_Q : CLASS_FMA_D; }
-static enum instruction_class imac_class(uint32_t word) { return wide(word) ? CLASS_IMAC_Q : CLASS_IMAC; }
+static void float_multiply_accumulate(uint32_t word, struct instruction *out, unsigned macs) {
+    multiply_accumulate(word, out, wide(word) ? CLASS_FMA_Q : CLASS_FMA_D, macs);
+}
 
-// The floating-point part of "three same", and "three same (FP16)": opcodes, U and the upper bit of size are alike.
+// Results as wide as the elements; those twice as wide are CLASS_IMAC whatever the width.
+static void integer_multiply_accumulate(uint32_t word, struct instruction *out) {
+    multiply_accumulate(word, out, wide(word) ? CLASS_IMAC_Q : CLASS_IMAC, lanes(word, element_size(word)));
+}
+
+static void widening_multiply_accumulate(uint32_t word, struct instruction *out) {
+    multiply_accumulate(word, out, CLASS_IMAC, widened_lanes(word, element_size(word)));
+}
+
+// Counted here, and not in the SADALP that sums up the products.
+static void widening_multiply(uint32_t word, struct instruction *out) {
+    out->class = CLASS_IMAC;
+    out->macs = (uint8_t)widened_lanes(word, element_size(word));
+}
+
+// The upper quarter of "three same", and "three same (FP16)", which has the lower three bits of its opcodes.
 static void floating_point_three_same(uint32_t word, struct instruction *out, unsigned opcode, unsigned size) {
     const bool u = bit(word, 29);
     by_width(word, out, CLASS_FADD_D, CLASS_FADD_Q);
     switch (opcode) {
-        case 1:  // FMLA, FMLS; FMLAL2, FMLSL2
-            multiply_accumulate(word, out, fma_class(word), u ? lanes(word, 2) : lanes(word, size));
-            break;
+        case 1: float_multiply_accumulate(word, out, lanes(word, u ? 2 : size)); break;  // FMLAL2, FMLSL2; FMLA, FMLS
         case 3: by_width(word, out, CLASS_FMUL_D, CLASS_FMUL_Q); break;  // FMULX, FMUL
         case 5:
-            if (!u) multiply_accumulate(word, out, fma_class(word), lanes(word, 2));  // FMLAL, FMLSL
+            if (!u) float_multiply_accumulate(word, out, lanes(word, 2));  // FMLAL, FMLSL
             break;
         case 7:
             if (u) out->class = CLASS_FDIV;
@@ -697,8 +729,8 @@ static void three_same(uint32_t word, struct instruction *out) {
             out->class = CLASS_VACCUMULATE;
             accumulate(out, rd(word));
             break;
-        case 18: multiply_accumulate(word, out, imac_class(word), lanes(word, element_size(word))); break;  // MLA, MLS
-        case 19: case 22: out->class = (uint8_t)imac_class(word); break;  // MUL, PMUL; SQDMULH, SQRDMULH
+        case 18: integer_multiply_accumulate(word, out); break;                  // MLA, MLS
+        case 19: case 22: by_width(word, out, CLASS_IMAC, CLASS_IMAC_Q); break;  // MUL, PMUL; SQDMULH, SQRDMULH
         default: break;
     }
 }
@@ -712,14 +744,14 @@ static void three_same_extra(uint32_t word, struct instruction *out) {
     const unsigned opcode = bits(word, 14, 11), size = element_size(word);
     vectors(word, out);
     switch (opcode) {
-        case 0: case 1: multiply_accumulate(word, out, imac_class(word), lanes(word, size)); break;    // SQRDMLAH, SQRDMLSH
-        case 2: case 3: multiply_accumulate(word, out, CLASS_DOT, lanes(word, 0)); break;        // SDOT, UDOT, USDOT
-        case 4: case 5: multiply_accumulate(word, out, CLASS_MATMUL, 32); break;                 // SMMLA, UMMLA, USMMLA
-        case 8: case 9: case 10: case 11: multiply_accumulate(word, out, fma_class(word), lanes(word, size)); break;  // FCMLA
-        case 12: case 14: by_width(word, out, CLASS_FADD_D, CLASS_FADD_Q); break;                // FCADD
-        case 13: multiply_accumulate(word, out, CLASS_MATMUL, 16); break;                        // BFMMLA
+        case 0: case 1: integer_multiply_accumulate(word, out); break;                     // SQRDMLAH, SQRDMLSH
+        case 2: case 3: multiply_accumulate(word, out, CLASS_DOT, lanes(word, 0)); break;  // SDOT, UDOT, USDOT
+        case 4: case 5: multiply_accumulate(word, out, CLASS_MATMUL, 32); break;           // SMMLA, UMMLA, USMMLA
+        case 8: case 9: case 10: case 11: float_multiply_accumulate(word, out, lanes(word, size)); break;  // FCMLA
+        case 12: case 14: by_width(word, out, CLASS_FADD_D, CLASS_FADD_Q); break;          // FCADD
+        case 13: multiply_accumulate(word, out, CLASS_MATMUL, 16); break;                  // BFMMLA
         case 15:
-            if (size == 3) multiply_accumulate(word, out, CLASS_FMA_Q, 4);  // BFMLALB, BFMLALT: Q is which of the two
+            if (size == 3) multiply_accumulate(word, out, CLASS_FMA_Q, 4);   // BFMLALB, BFMLALT: Q says which
             else multiply_accumulate(word, out, CLASS_DOT, lanes(word, 1));  // BFDOT
             break;
         default: break;
@@ -727,7 +759,7 @@ static void three_same_extra(uint32_t word, struct instruction *out) {
 }
 
 static void three_different(uint32_t word, struct instruction *out) {
-    const unsigned opcode = bits(word, 15, 12), macs = widened_lanes(word, element_size(word));
+    const unsigned opcode = bits(word, 15, 12);
     vectors(word, out);
     out->class = CLASS_VALU_Q;
     switch (opcode) {
@@ -738,13 +770,8 @@ static void three_different(uint32_t word, struct instruction *out) {
             out->class = CLASS_VACCUMULATE;
             accumulate(out, rd(word));
             break;
-        case 8: case 9: case 10: case 11:  // SMLAL, SQDMLAL, SMLSL, SQDMLSL
-            multiply_accumulate(word, out, CLASS_IMAC, macs);
-            break;
-        case 12: case 13:  // SMULL, SQDMULL: what is summed afterwards, with SADALP for one
-            out->class = CLASS_IMAC;
-            out->macs = (uint8_t)macs;
-            break;
+        case 8: case 9: case 10: case 11: widening_multiply_accumulate(word, out); break;  // SMLAL, SQDMLAL, SMLSL ...
+        case 12: case 13: widening_multiply(word, out); break;                             // SMULL, SQDMULL
         case 14: out->class = CLASS_IMAC; break;  // PMULL
         default: break;
     }
@@ -764,9 +791,10 @@ static void two_register_miscellaneous(uint32_t word, struct instruction *out) {
             accumulate(out, rd(word));
             break;
         case 12: case 13: case 14: by_width(word, out, CLASS_FADD_D, CLASS_FADD_Q); break;  // FCMGT with zero etc.
-        case 18: case 20:  // XTN, SQXTUN; SQXTN, UQXTN
+        case 18: case 20:  // XTN, SQXTUN; SQXTN, UQXTN. The second of a pair (XTN2) keeps the lower half.
             if (wide(word)) read_vector(out, rd(word));
-            out->class = scalar(word) ? CLASS_VSHIFT_D : opcode == 18 && !u ? CLASS_PERMUTE_Q : CLASS_VSHIFT_Q;
+            if (opcode == 18 && !u) out->class = CLASS_PERMUTE_Q;  // XTN does as UZP1
+            else out->class = scalar(word) ? CLASS_VSHIFT_D : CLASS_VSHIFT_Q;
             break;
         case 19: out->class = CLASS_VSHIFT_Q; break;  // SHLL
         case 22:  // FCVTN, FCVTXN, BFCVTN
@@ -774,12 +802,14 @@ static void two_register_miscellaneous(uint32_t word, struct instruction *out) {
             out->class = scalar(word) ? CLASS_FCVT_D : CLASS_FCVT_Q;
             break;
         case 23: out->class = CLASS_FCVT_Q; break;  // FCVTL
-        case 24: case 25: case 26: case 27: case 28: case 29: case 30: case 31:
-            // Conversions, roundings, estimates of the reciprocal (FRECPE, FRECPX, URECPE).
-            by_width(word, out, CLASS_FCVT_D, CLASS_FCVT_Q);
-            if (opcode == 31 && u && upper) out->class = CLASS_FDIV;  // FSQRT
+        case 31:
+            if (u && upper) out->class = CLASS_FDIV;  // FSQRT
+            else by_width(word, out, CLASS_FCVT_D, CLASS_FCVT_Q);  // FRINT64Z, FRECPX
             break;
-        default: break;
+        default:
+            // FRINTN to FRINT32Z, FCVTNS to FCVTZU, SCVTF; FRECPE and FRSQRTE, whose unit is the same.
+            if (opcode >= 24) by_width(word, out, CLASS_FCVT_D, CLASS_FCVT_Q);
+            break;
     }
 }
 
@@ -858,52 +888,58 @@ static void shift_by_immediate(uint32_t word, struct instruction *out) {
             if (wide(word)) read_vector(out, rd(word));
             out->class = scalar(word) ? CLASS_VSHIFT_D : CLASS_VSHIFT_Q;
             break;
-        case 20: out->class = CLASS_VSHIFT_Q; break;                             // SSHLL
+        case 20: out->class = CLASS_VSHIFT_Q; break;                               // SSHLL
         case 28: case 31: by_width(word, out, CLASS_FCVT_D, CLASS_FCVT_Q); break;  // SCVTF, FCVTZS
         default: break;
     }
 }
 
+// FMLAL, FMLSL, FMLAL2, FMLSL2 by element.
+static bool is_fmlal_by_element(uint32_t word) {
+    return element_size(word) == 2 && bits(word, 13, 12) == 0 && bit(word, 15) == bit(word, 29);
+}
+
+// The index of a 16-bit element takes the upper bit of Rm, unless it counts pairs of them.
+static unsigned indexed_register(uint32_t word) {
+    const unsigned opcode = bits(word, 15, 12), size = element_size(word);
+    const bool u = bit(word, 29);
+    const bool fp16 = size == 0 && (opcode == 1 || opcode == 5 || opcode == 9);  // FMLA, FMLS, FMUL, FMULX
+    const bool fcmla = u && (opcode & 9) == 1, bfdot = !u && opcode == 15;
+    const bool halves = fp16 || (size == 1 && !fcmla && !bfdot) || (size == 3 && opcode == 15);  // the last: BFMLAL
+    return halves || is_fmlal_by_element(word) ? rm(word) & 15 : rm(word);
+}
+
 static void by_indexed_element(uint32_t word, struct instruction *out) {
     const unsigned opcode = bits(word, 15, 12), size = element_size(word);
     const bool u = bit(word, 29);
-    const bool fmlal = size == 2 && (opcode & 3) == 0 && bit(opcode, 3) == u;
-    const bool fp16 = size == 0 && (opcode == 1 || opcode == 5 || opcode == 9);
-    const bool bfmlal = size == 3 && opcode == 15 && !u;
-    const bool pairs = size == 1 && ((u && (opcode & 9) == 1) || (!u && opcode == 15));  // FCMLA, BFDOT
-    // Elements of 16 bits leave four bits for the register.
-    const bool four_bits = fmlal || fp16 || bfmlal || (size == 1 && !pairs);
     read_vector(out, rn(word));
-    read_vector(out, four_bits ? rm(word) & 15 : rm(word));
+    read_vector(out, indexed_register(word));
     write_vector(out, rd(word));
-    if (fmlal) {
-        multiply_accumulate(word, out, fma_class(word), lanes(word, 2));
+    if (is_fmlal_by_element(word)) {
+        float_multiply_accumulate(word, out, lanes(word, 2));
         return;
     }
     switch (opcode) {
-        case 0: case 4: multiply_accumulate(word, out, imac_class(word), lanes(word, size)); break;  // MLA, MLS
-        case 1: case 5:                                                                        // FMLA, FMLS; FCMLA
-            multiply_accumulate(word, out, fma_class(word), lanes(word, fp16 ? 1 : size));
+        case 0: case 4: integer_multiply_accumulate(word, out); break;  // MLA, MLS
+        case 1: case 5:                                                 // FMLA, FMLS, where size 0 means FP16; FCMLA
+            float_multiply_accumulate(word, out, lanes(word, size == 0 ? 1 : size));
             break;
+        case 2: case 6: widening_multiply_accumulate(word, out); break;  // SMLAL, SMLSL
         case 3: case 7:
-            if (u) multiply_accumulate(word, out, fma_class(word), lanes(word, size));             // FCMLA
-            else multiply_accumulate(word, out, CLASS_IMAC, widened_lanes(word, size));      // SQDMLAL, SQDMLSL
+            if (u) float_multiply_accumulate(word, out, lanes(word, size));  // FCMLA
+            else widening_multiply_accumulate(word, out);                    // SQDMLAL, SQDMLSL
             break;
-        case 2: case 6: multiply_accumulate(word, out, CLASS_IMAC, widened_lanes(word, size)); break;  // SMLAL, SMLSL
-        case 8: case 12: out->class = (uint8_t)imac_class(word); break;                      // MUL, SQDMULH
-        case 9: by_width(word, out, CLASS_FMUL_D, CLASS_FMUL_Q); break;                // FMUL, FMULX
-        case 10: case 11:                                                              // SMULL, SQDMULL
-            out->class = CLASS_IMAC;
-            out->macs = widened_lanes(word, size);
-            break;
+        case 8: case 12: by_width(word, out, CLASS_IMAC, CLASS_IMAC_Q); break;  // MUL, SQDMULH
+        case 9: by_width(word, out, CLASS_FMUL_D, CLASS_FMUL_Q); break;         // FMUL, FMULX
+        case 10: case 11: widening_multiply(word, out); break;                  // SMULL, SQDMULL
         case 13:
-            if (u) multiply_accumulate(word, out, imac_class(word), lanes(word, size));  // SQRDMLAH
-            else out->class = (uint8_t)imac_class(word);                                 // SQRDMULH
+            if (u) integer_multiply_accumulate(word, out);       // SQRDMLAH
+            else by_width(word, out, CLASS_IMAC, CLASS_IMAC_Q);  // SQRDMULH
             break;
         case 14: multiply_accumulate(word, out, CLASS_DOT, lanes(word, 0)); break;  // SDOT, UDOT
         case 15:
-            if (u) multiply_accumulate(word, out, imac_class(word), lanes(word, size));  // SQRDMLSH
-            else if (bfmlal) multiply_accumulate(word, out, CLASS_FMA_Q, 4);
+            if (u) integer_multiply_accumulate(word, out);                                   // SQRDMLSH
+            else if (size == 3) multiply_accumulate(word, out, CLASS_FMA_Q, 4);              // BFMLALB, BFMLALT
             else multiply_accumulate(word, out, CLASS_DOT, lanes(word, size == 1 ? 1 : 0));  // BFDOT; SUDOT, USDOT
             break;
         default: break;
@@ -944,13 +980,13 @@ static void cryptographic_sha512_sm3_sm4(uint32_t word, struct instruction *out)
 }
 
 static void advanced_simd(uint32_t word, struct instruction *out) {
+    const unsigned group = bits(word, 20, 17);
     if (bit(word, 24)) {
         if (!bit(word, 10)) by_indexed_element(word, out);
         else if (bit(word, 23)) return;
         else if (bits(word, 22, 19) == 0 && !scalar(word)) modified_immediate(word, out);
         else shift_by_immediate(word, out);
     } else if (bit(word, 21)) {
-        const unsigned group = bits(word, 20, 17);
         if (bit(word, 10)) three_same(word, out);
         else if (!bit(word, 11)) three_different(word, out);
         else if (group == 0 || group == 12) two_register_miscellaneous(word, out);
