@@ -243,7 +243,7 @@ def test_a_guest_that_dies_is_a_finding_and_stays_one(emulator, pi, nets):
         guest.process.wait()
         for _ in range(2):
             with pytest.raises(DeviceError, match=r"net-fp32\.pte on raspberry-pi-4: the runner was ended by SIGKILL"):
-                held.run((_images(1)[0],))
+                guest.run((_images(1)[0],))
 
 
 def test_a_guest_that_hangs_is_ended(emulator, pi, nets, monkeypatch):
