@@ -281,10 +281,10 @@ def doctor() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from edgebuild.devices import toolchain
+    from edgebuild.devices import remote, toolchain
     from edgebuild.doctor import packages
 
-    rows = [*packages(), *toolchain.status()]
+    rows = [*packages(), *toolchain.status(), remote.status()]
     table = Table("", "what", "found, or how to get it", box=None)
     for name, present, detail in rows:
         table.add_row("[green]ok[/]" if present else "[red]missing[/]", name, detail)

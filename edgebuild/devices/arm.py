@@ -17,7 +17,6 @@ from edgebuild.devices.device import Arrays
 from edgebuild.devices.guest import Guest, start
 from edgebuild.errors import DeviceError, MissingEnvironment
 from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
-from edgebuild.units import Bytes
 
 
 def check(target: Target) -> None:
@@ -63,11 +62,7 @@ def measure(
     """
     with load(artifact, target, threads) as guest:
         guest.run(inputs[0])
-    memory = (
-        f"heap above an empty runtime: {Bytes(guest.load_peak)} while loading, of which {Bytes(guest.kept)} stay; "
-        f"{Bytes(guest.run_peak)} during inference"
-    )
-    found = [Measurement(target.name, "peak_memory", float(guest.peak), "simulated", detail=memory)]
+    found = [Measurement(target.name, "peak_memory", float(guest.peak), "simulated", detail=guest.memory)]
     if layers:
         seconds = sum(layer_latency(layer, precision, target, threads) for layer, precision in layers)
         how = f"roofline over {len(layers)} layers, not measured"

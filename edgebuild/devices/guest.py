@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgebuild.devices.device import Arrays
 from edgebuild.errors import DeviceError
+from edgebuild.units import Bytes
 
 TIMEOUT = 300.0  # seconds for loading, and for each inference; mobilenet_v2 takes about 2
 
@@ -32,6 +33,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     11: np.dtype("?"),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_TIMED = 2**32 - 1  # opens a request for timed inferences
 
 
 @dataclass
@@ -39,12 +41,14 @@ class Guest:
     """The runner, with a model loaded; `native/runner.cpp` describes the protocol.
 
     `peak` is the peak heap in bytes so far, above a runtime without a model. `load_peak` is that of loading, `kept`
-    what stayed of it, `run_peak` the largest of the inferences.
+    what stayed of it, `run_peak` the largest of the inferences. `lost` is the exit code of `process` where that is only
+    a connection to the runner, and it broke.
     """
 
     what: str
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
+    lost: int | None = None
     midr: int = 0
     load_peak: int = 0
     kept: int = 0
@@ -72,6 +76,25 @@ class Guest:
     def run_many(self, samples: Sequence[Arrays]) -> list[Arrays]:
         """One inference after another, as `run` does."""
         return [self.run(inputs) for inputs in samples]
+
+    def time(self, inputs: Arrays, warm_ups: int, runs: int) -> NDArray[np.int64]:
+        """Nanoseconds of each of `runs` inferences on the same inputs, after `warm_ups` that are not timed.
+
+        Raises DeviceError as `run` does.
+        """
+        request = struct.pack("<III", _TIMED, warm_ups, runs) + _pack(inputs)
+        with self._watched():
+            self._stdin.write(request)
+            self._stdin.flush()
+            return np.frombuffer(self._read_bytes(8 * runs), "<i8")
+
+    @property
+    def memory(self) -> str:
+        """What `peak` is made of, in words."""
+        return (
+            f"heap above an empty runtime: {Bytes(self.load_peak)} while loading, of which {Bytes(self.kept)} stay; "
+            f"{Bytes(self.run_peak)} during inference"
+        )
 
     def greet(self) -> None:
         """Wait until the model is loaded."""
@@ -126,8 +149,10 @@ class Guest:
         code = self.process.returncode
         if self.timed_out:
             how = f"did not answer within {TIMEOUT:g} s"
-        elif code is not None and code < 0:
-            how = f"was ended by {signal.Signals(-code).name}"
+        elif code == self.lost:
+            how = "is out of reach: the connection was lost"
+        elif (number := _signal(code)) is not None:
+            how = f"was ended by {number.name}"
         else:
             how = f"ended with exit code {code}"
         self.errors.seek(0)
@@ -145,8 +170,13 @@ class Guest:
 
 
 @contextmanager
-def start(command: list[str], what: str, environment: dict[str, str]) -> Iterator[Guest]:
-    """Start a runner and wait until it has loaded its model; it is ended with the block."""
+def start(
+    command: list[str], what: str, environment: dict[str, str] | None, lost: int | None = None
+) -> Iterator[Guest]:
+    """Start a runner and wait until it has loaded its model; it is ended with the block.
+
+    Without an `environment` it has that of this process.
+    """
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the guest
     try:
         process = subprocess.Popen(
@@ -155,12 +185,20 @@ def start(command: list[str], what: str, environment: dict[str, str]) -> Iterato
     except OSError as error:
         errors.close()
         raise DeviceError(f"{what}: {command[0]} cannot be started: {error}") from None
-    guest = Guest(what, process, errors)
+    guest = Guest(what, process, errors, lost)
     try:
         guest.greet()
         yield guest
     finally:
         guest.close()
+
+
+def _signal(code: int | None) -> signal.Signals | None:
+    """The signal that ended a process, from its exit code or the one that a shell makes of it."""
+    with suppress(ValueError):
+        if code is not None and (code < 0 or code > 128):
+            return signal.Signals(-code if code < 0 else code - 128)
+    return None
 
 
 def _pack(inputs: Arrays) -> bytes:
