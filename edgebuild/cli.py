@@ -325,6 +325,22 @@ def targets_show(name: str) -> None:
     _show("targets", name)
 
 
+@targets_app.command("kit")
+def targets_kit(
+    directory: Annotated[Path, typer.Argument(help="The folder to write, new or empty.")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model to measure, NAME=FILE.pte. [three of torchvision's]")
+    ] = None,
+    arch: Annotated[str, typer.Option(help="Kinds of machine to bring a runner for: aarch64, x86_64.")] = "aarch64",
+) -> None:
+    """Write a folder that measures models on a phone or a board, over adb or ssh."""
+    _hush()
+    from edgebuild import kit
+
+    kit.write(directory, kit.parse(model or ()), [name.strip() for name in arch.split(",")], _say)
+    print(f"{directory} is written. Next: {directory}/measure_ssh.sh USER@HOST, or {directory}/measure_adb.sh")
+
+
 @profiles_app.command("show")
 def profiles_show(name: str) -> None:
     """Print a profile's file."""

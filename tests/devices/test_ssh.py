@@ -1,20 +1,17 @@
 """The ssh device against a real sshd on this machine, with keys, a cache and a temporary folder of its own."""
 
-import getpass
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import Board, free_port, new_key
 from torch import nn
 
 from edgebuild import catalog
@@ -27,82 +24,6 @@ from edgebuild.transforms import quantize
 
 HOST = Target(name="host", title="", device="host", status="measured")
 SHAPE = (1, 3, 32, 32)
-
-
-@dataclass(frozen=True)
-class Board:
-    """A device on this machine: `temporary` and `store` are the folders that sessions there get."""
-
-    target: Target
-    port: int
-    temporary: Path
-    store: Path
-    key: Path
-    server: subprocess.Popen[bytes]
-
-    def left(self) -> list[Path]:
-        return list(self.temporary.iterdir())
-
-    def cleaned(self) -> bool:
-        """Whether the temporary folder is gone, now or in a moment."""
-        for _ in range(100):
-            if not self.left():
-                return True
-            time.sleep(0.1)
-        return False
-
-    def runners(self) -> list[int]:
-        """The processes that run a model of this device."""
-        commands = {process.pid: process.info["cmdline"] or [""] for process in psutil.process_iter(["cmdline"])}
-        return [pid for pid, words in commands.items() if words[:1] and str(self.store) in words[0]]
-
-
-def _key(path: Path) -> str:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
-    return path.with_suffix(".pub").read_text()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
-    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-    if sshd is None or shutil.which("ssh") is None:
-        pytest.skip("sshd is not installed; get it with `apt-get install -y openssh-server openssh-client`")
-    if os.getuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # what a server started as root wants
-    folder, port = tmp_path_factory.mktemp("sshd"), _free_port()
-    temporary, store = folder / "temporary", folder / "store"
-    temporary.mkdir()
-    server_key = _key(folder / "server")
-    (folder / "authorized_keys").write_text(_key(folder / "user"))
-    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {server_key}")
-    (folder / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/server\nPidFile none\nUsePAM no\nStrictModes no\n"
-        f"AuthorizedKeysFile {folder}/authorized_keys\nPermitRootLogin yes\n"
-        f"SetEnv TMPDIR={temporary} XDG_CACHE_HOME={store}\n"
-    )
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
-    try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        else:
-            pytest.skip(f"sshd does not start here: {(folder / 'log').read_text().strip()}")
-        options = (f"UserKnownHostsFile={folder}/known_hosts", "GlobalKnownHostsFile=/dev/null", "IdentitiesOnly=yes")
-        reach = Remote(f"{getpass.getuser()}@127.0.0.1", port, str(folder / "user"), options)
-        target = Target(name="board", title="", device="ssh", status="measured", ssh=reach, costs_of=HOST)
-        yield Board(target, port, temporary, store / "edgebuild", folder / "user", server)
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.fixture(scope="module")
@@ -225,9 +146,8 @@ def test_a_runner_that_dies_is_a_finding_and_leaves_nothing(board, nets):
 def test_a_connection_that_breaks_is_a_finding_and_the_device_cleans_up(board, nets):
     with ssh.load(nets["fp32"], board.target, 1) as session:
         assert len(board.left()) == 1 and board.runners()
-        for session in psutil.Process(board.server.pid).children(recursive=True):
-            if "sshd" in session.name():
-                session.kill()
+        for connection in psutil.Process(board.server.pid).children():
+            connection.kill()
         with pytest.raises(DeviceError, match=r"fp32\.pte on board: the runner is out of reach: the connection"):
             session.run((_images(1)[0],))
         assert board.cleaned() and not board.runners()
@@ -263,7 +183,7 @@ def test_an_exception_in_the_block_leaves_nothing(board, nets):
 
 def test_nothing_that_answers(board):
     with pytest.raises(DeviceError, match="nothing answers on that port.*refused.*check port"):
-        ssh.check(_elsewhere(board, port=_free_port()))
+        ssh.check(_elsewhere(board, port=free_port()))
 
 
 def test_a_host_that_does_not_exist(board):
@@ -272,7 +192,7 @@ def test_a_host_that_does_not_exist(board):
 
 
 def test_a_key_that_is_not_taken(board, tmp_path):
-    _key(tmp_path / "other")
+    new_key(tmp_path / "other")
     with pytest.raises(DeviceError, match=rf"takes none of the keys.*ssh-copy-id -p {board.port} \w+@127\.0\.0\.1"):
         ssh.check(_elsewhere(board, identity_file=str(tmp_path / "other")))
 
