@@ -13,6 +13,7 @@ from conftest import Board
 
 from edgebuild import kit
 from edgebuild.backends import xnnpack
+from edgebuild.devices import toolchain
 from edgebuild.errors import UsageError
 from edgebuild.lift import lift
 from edgebuild.units import Seconds
@@ -105,12 +106,17 @@ esac
 """
 
 
+def fake_device(folder: Path, **commands: str) -> Path:
+    """A folder of commands that stand for adb and for what is on the device."""
+    (folder / "device").mkdir(parents=True)
+    for name, text in {"adb": ADB, "getprop": "#!/bin/sh\nprintf 'Pixel \"Test\"\\r\\n'\n", **commands}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
 def test_measuring_over_adb(folder, model, tmp_path):
-    fake = tmp_path / "bin"
-    (fake / "device").mkdir(parents=True)
-    for name, text in (("adb", ADB), ("getprop", "#!/bin/sh\nprintf 'Pixel \"Test\"\\r\\n'\n")):
-        (fake / name).write_text(text)
-        (fake / name).chmod(0o755)
+    fake = fake_device(tmp_path / "bin")
     arguments = ["--runs", "7", "--threads", "1 2", "SERIAL7"]
     done = measured(folder / "measure_adb.sh", *arguments, cwd=tmp_path, path=str(fake))
     assert done.returncode == 0, done.stderr
@@ -118,6 +124,26 @@ def test_measuring_over_adb(folder, model, tmp_path):
     assert table["device"].endswith(" / Pixel Test")
     assert all(line.startswith("SERIAL7 ") for line in (fake / "log").read_text().splitlines())
     assert list((fake / "device").iterdir()) == []
+
+
+def test_the_kit_for_arm_runs_on_its_own_c_library(model, tmp_path):
+    for name, found, how in toolchain.status()[:2]:
+        if not found:
+            pytest.skip(f"{name} is not installed; get it with `{how}`")
+    kit.write(tmp_path / "kit", {"small": model, "again": model}, ["aarch64"], lambda line: None)
+    emulated = ADB.replace("sed ", "sed -e 's,./aarch64/lib/ld-linux,qemu-aarch64 &,' -e ")
+    uname = "#!/bin/sh\n[ $1 != -m ] || exec echo aarch64\nexec /bin/uname $*\n"
+    fake = fake_device(tmp_path / "bin", adb=emulated, uname=uname)
+    done = measured(tmp_path / "kit/measure_adb.sh", "--runs", "7", "--threads", "1", cwd=tmp_path, path=str(fake))
+    assert done.returncode == 0, done.stderr
+    check(tmp_path / "measured.toml", model, [1])
+
+
+def test_a_machine_without_a_runner(folder, tmp_path):
+    for machine, said in (("armv7l", "not for armv7l"), ("aarch64", "make one with: edgebuild targets kit --arch")):
+        fake = fake_device(tmp_path / machine, uname=f"#!/bin/sh\necho {machine}\n")
+        done = measured(folder / "measure_adb.sh", cwd=tmp_path, path=str(fake))
+        assert done.returncode == 1 and (said in done.stderr or machine == HERE)
 
 
 @pytest.mark.parametrize("script", ["measure_adb.sh", "measure_ssh.sh"])

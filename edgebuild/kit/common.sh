@@ -75,6 +75,7 @@ choose_runner() {
     aarch64 | arm64) machine=aarch64 loader=ld-linux-aarch64.so.1 ;;
     x86_64) loader=ld-linux-x86-64.so.2 ;;
     '') fail "the device does not answer" ;;
+    *) fail "there are runners for aarch64 and x86_64, not for $machine" ;;
     esac
     [ -d "$kit/$machine" ] || fail "this kit has no runner for $machine; make one with: edgebuild targets kit --arch $machine"
 }
