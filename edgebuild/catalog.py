@@ -52,13 +52,47 @@ def find(kind: str, name: str) -> Path:
 
 def load_target(name: str) -> Target:
     """Read a target by name or path. Raises UsageError where there is none, SpecError where it cannot be read."""
-    path = find("targets", name)
-    target: Target = _decode(_read(path), Target, path)
+    target, costs_of = _target(find("targets", name))
+    if not costs_of:
+        return target
+    base, further = _target(find("targets", costs_of))
+    if further or base.device == "ssh":
+        raise SpecError(f"{name}: costs_of = {costs_of!r} is an ssh target too", "name a simulated target or the host")
+    return replace(target, costs_of=base)
+
+
+def _target(path: Path) -> tuple[Target, str]:
+    """A target and the name of the one that its costs are of, "" where they are its own."""
+    table = _read(path)
+    costs_of = table.pop("costs_of", "")
+    if not isinstance(costs_of, str):
+        raise SpecError(f"{path}: costs_of is the name of a target")
+    target: Target = _decode(table, Target, path)
+    if target.device == "ssh":
+        _check_remote(target, costs_of, path)
+    elif target.ssh or costs_of:
+        raise SpecError(f'{path}: [ssh] and costs_of are for device = "ssh", not for {target.device!r}')
     if target.device == "arm" and (not target.cluster or target.memory is None or target.threads is None):
         raise SpecError(f"{path}: an arm target needs [[cluster]], [memory] and [threads]")
     for cluster in target.cluster:
         load_core(cluster.model)
-    return target
+    return target, costs_of
+
+
+def _check_remote(target: Target, costs_of: str, path: Path) -> None:
+    remote = target.ssh
+    if remote is None or not remote.host:
+        raise SpecError(f"{path}: an ssh target needs a table [ssh]", 'write [ssh] with host = "pi@raspberrypi.local"')
+    if not costs_of:
+        raise SpecError(
+            f"{path}: an ssh target needs costs_of, the target that predicts its latency",
+            f'such as costs_of = "raspberry-pi-4"; known: {", ".join(names("targets"))}',
+        )
+    if remote.host.startswith("-") or not 0 <= remote.port < 65536:
+        raise SpecError(f"{path}: ssh.host = {remote.host!r} with ssh.port = {remote.port} is no destination")
+    for option in remote.options:
+        if not re.match(r"\w+\s*[=\s]\s*\S", option):
+            raise SpecError(f"{path}: ssh.options: {option!r} is not an option of ssh_config(5)", 'write "Key=value"')
 
 
 def load_core(name: str) -> Core:
@@ -111,10 +145,11 @@ def load_profile(name: str) -> Profile:
                 f"{path}: a TorchScript artifact cannot be run on target {target.name!r}",
                 'set artifact = "pte", or target = "host"',
             )
-        if target.cluster and profile.threads > target.cluster[0].count:
+        cores = target.costs_of or target
+        if cores.cluster and profile.threads > cores.cluster[0].count:
             raise SpecError(
-                f"{path}: threads = {profile.threads}, but {target.name!r} runs models on the "
-                f"{target.cluster[0].count} cores of its {target.cluster[0].name!r} cluster"
+                f"{path}: threads = {profile.threads}, but {cores.name!r} runs models on the "
+                f"{cores.cluster[0].count} cores of its {cores.cluster[0].name!r} cluster"
             )
     return profile
 

@@ -281,10 +281,10 @@ def doctor() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from edgebuild.devices import toolchain
+    from edgebuild.devices import remote, toolchain
     from edgebuild.doctor import packages
 
-    rows = [*packages(), *toolchain.status()]
+    rows = [*packages(), *toolchain.status(), remote.status()]
     table = Table("", "what", "found, or how to get it", box=None)
     for name, present, detail in rows:
         table.add_row("[green]ok[/]" if present else "[red]missing[/]", name, detail)
@@ -323,6 +323,22 @@ def _list(kind: str, row: Any) -> None:
 def targets_show(name: str) -> None:
     """Print a target's file, each figure with its source."""
     _show("targets", name)
+
+
+@targets_app.command("kit")
+def targets_kit(
+    directory: Annotated[Path, typer.Argument(help="The folder to write, new or empty.")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model to measure, NAME=FILE.pte. [three of torchvision's]")
+    ] = None,
+    arch: Annotated[str, typer.Option(help="Kinds of machine to bring a runner for: aarch64, x86_64.")] = "aarch64",
+) -> None:
+    """Write a folder that measures models on a phone or a board, over adb or ssh."""
+    _hush()
+    from edgebuild import kit
+
+    kit.write(directory, kit.parse(model or ()), [name.strip() for name in arch.split(",")], _say)
+    print(f"{directory} is written. Next: {directory}/measure_ssh.sh USER@HOST, or {directory}/measure_adb.sh")
 
 
 @profiles_app.command("show")

@@ -225,17 +225,31 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class Remote:
+    """How an ssh target is reached: `host` is any destination that OpenSSH takes, a name of the user's config included.
+
+    `port` 0 and `identity_file` "" leave it to that config. `options` are those of ssh_config(5), as "Key=value".
+    """
+
+    host: str
+    port: int = 0
+    identity_file: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Target:
     """A piece of hardware with its runtime; one TOML in `targets/`.
 
     `device` names the module of `edgebuild.devices` that runs artifacts for it. `cluster` lists the cores, the ones
     that run the model first; it, `memory` and `threads` are empty for the host, whose figures are measured and not
-    written down. `latency_error` is the relative error band of a latency that was simulated and not measured.
+    written down. `latency_error` is the relative error band of a latency that was simulated and not measured. An ssh
+    target is reached by `ssh`, and its latency predicted by `costs_of`, which a file names.
     """
 
     name: str
     title: str
-    device: Literal["host", "arm"]
+    device: Literal["host", "arm", "ssh"]
     status: Literal["measured", "validated", "unvalidated"]
     cluster: tuple[Cluster, ...] = ()
     l3: SharedCache | None = None
@@ -243,6 +257,8 @@ class Target:
     threads: Threads | None = None
     latency_error: Percent = Percent(0.0)
     latency_error_source: str = ""
+    ssh: Remote | None = None
+    costs_of: "Target | None" = None
 
 
 # ----------------------------------------------------------------------------------------------------- budgets

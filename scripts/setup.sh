@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Makes .venv with edgebuild and its tools, and installs the Debian packages of the simulated target where it may.
+# Makes .venv with edgebuild and its tools, and installs the Debian packages of the Arm and ssh targets where it may.
 # Returns at once when nothing has changed since it last ran to its end. Interrupted, it starts over the next time.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=${PYTHON:-python3}
-declare -A package=([qemu-aarch64]=qemu-user [aarch64-linux-gnu-g++]=g++-aarch64-linux-gnu)
+declare -A package=(
+    [qemu-aarch64]=qemu-user [aarch64-linux-gnu-g++]=g++-aarch64-linux-gnu [ssh]=openssh-client
+)
+# For the tests alone, and only where installing it does not start a service.
+[[ -d /run/systemd/system ]] || package[sshd]=openssh-server
+PATH=$PATH:/usr/sbin
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 4; }
@@ -75,6 +80,6 @@ fi
 
 packages=$(missing | paste -sd ' ')
 if [[ -n $packages ]]; then
-    say "missing for the simulated Arm targets: $packages"
+    say "missing for the Arm and ssh targets: $packages"
     say "install them with: sudo apt-get update && sudo apt-get install --no-install-recommends $packages"
 fi

@@ -1,13 +1,22 @@
-"""Small real models, and a cache of the tests' own."""
+"""Small real models, a cache of the tests' own, and a device over ssh."""
 
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 
 from edgebuild import cache
+from edgebuild.spec import Remote, Target
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,3 +93,83 @@ def images() -> list[tuple[Tensor, ...]]:
 def no_gradients_left() -> Iterator[None]:
     yield
     torch.set_grad_enabled(True)
+
+
+# --------------------------------------------------------------------------------------------- a device over ssh
+
+
+@dataclass(frozen=True)
+class Board:
+    """A device on this machine: `temporary` and `store` are the folders that sessions there get."""
+
+    target: Target
+    port: int
+    temporary: Path
+    store: Path
+    key: Path
+    server: subprocess.Popen[bytes]
+
+    def left(self) -> list[Path]:
+        return list(self.temporary.iterdir())
+
+    def cleaned(self) -> bool:
+        """Whether the temporary folder is gone, now or in a moment."""
+        for _ in range(100):
+            if not self.left():
+                return True
+            time.sleep(0.1)
+        return False
+
+    def runners(self) -> list[int]:
+        """The processes that run a model of this device."""
+        commands = {process.pid: process.info["cmdline"] or [""] for process in psutil.process_iter(["cmdline"])}
+        return [pid for pid, words in commands.items() if words[:1] and str(self.store) in words[0]]
+
+
+def new_key(path: Path) -> str:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+    return path.with_suffix(".pub").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    if sshd is None or shutil.which("ssh") is None:
+        pytest.skip("sshd is not installed; get it with `apt-get install -y openssh-server openssh-client`")
+    if os.getuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # what a server started as root wants
+    folder, port = tmp_path_factory.mktemp("sshd"), free_port()
+    temporary, store = folder / "temporary", folder / "store"
+    temporary.mkdir()
+    server_key = new_key(folder / "server")
+    (folder / "authorized_keys").write_text(new_key(folder / "user"))
+    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {server_key}")
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/server\nPidFile none\nUsePAM no\nStrictModes no\n"
+        f"AuthorizedKeysFile {folder}/authorized_keys\nPermitRootLogin yes\n"
+        f"SetEnv TMPDIR={temporary} XDG_CACHE_HOME={store}\n"
+    )
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        else:
+            pytest.skip(f"sshd does not start here: {(folder / 'log').read_text().strip()}")
+        options = (f"UserKnownHostsFile={folder}/known_hosts", "GlobalKnownHostsFile=/dev/null", "IdentitiesOnly=yes")
+        reach = Remote(f"{getpass.getuser()}@127.0.0.1", port, str(folder / "user"), options)
+        host = Target(name="host", title="", device="host", status="measured")
+        target = Target(name="board", title="", device="ssh", status="measured", ssh=reach, costs_of=host)
+        yield Board(target, port, temporary, store / "edgebuild", folder / "user", server)
+    finally:
+        server.terminate()
+        server.wait()

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trials": BASE | {"lift", "divergence", "sensitivity", "transforms"},
     "backends": BASE | {"lift"},
     "devices": BASE | {"cache"},
+    "kit": MODEL | {"analyse", "transforms", "backends", "devices"},
     "space": BASE | {"plan"},
     "program": BASE | {"plan", "space"},
     "footprint": BASE,

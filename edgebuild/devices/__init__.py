@@ -1,8 +1,8 @@
 """Where artifacts run. Each device is a module that offers what `device.Device` lists; `DEVICES` is the registry."""
 
-from edgebuild.devices import arm, host
+from edgebuild.devices import arm, host, ssh
 from edgebuild.devices.device import Arrays, Device, Session
 
-DEVICES: dict[str, Device] = {"host": host, "arm": arm}
+DEVICES: dict[str, Device] = {"host": host, "arm": arm, "ssh": ssh}
 
 __all__ = ["DEVICES", "Arrays", "Device", "Session"]

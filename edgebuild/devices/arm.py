@@ -4,42 +4,19 @@ Outputs and peak memory are those of the real library on the real instruction se
 target's figures (see `roofline`): an emulator keeps no time.
 """
 
-import signal
-import struct
 import subprocess
-import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from math import prod
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgebuild.devices import machine, roofline, toolchain
 from edgebuild.devices.device import Arrays
+from edgebuild.devices.guest import Guest, start
 from edgebuild.errors import DeviceError, MissingEnvironment
 from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
-from edgebuild.units import Bytes
-
-TIMEOUT = 300.0  # seconds for loading, and for each inference; mobilenet_v2 takes about 2
-
-# Numbers of ExecuTorch's ScalarType (runtime/core/portable_type/scalar_type.h).
-_DTYPES: dict[int, np.dtype[Any]] = {
-    0: np.dtype("u1"),
-    1: np.dtype("i1"),
-    2: np.dtype("<i2"),
-    3: np.dtype("<i4"),
-    4: np.dtype("<i8"),
-    5: np.dtype("<f2"),
-    6: np.dtype("<f4"),
-    7: np.dtype("<f8"),
-    11: np.dtype("?"),
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def check(target: Target) -> None:
@@ -52,116 +29,6 @@ def check(target: Target) -> None:
             raise MissingEnvironment(f"{qemu} does not know the CPU {cpu!r} of {target.name}", "use qemu 7.2 or newer")
     toolchain.library_prefix(toolchain.compiler())
     toolchain.runner()
-
-
-@dataclass
-class Guest:
-    """The runner under qemu, with a model loaded; `native/runner.cpp` describes the protocol.
-
-    `peak` is the peak heap in bytes so far, above a runtime without a model. `load_peak` is that of loading, `kept`
-    what stayed of it, `run_peak` the largest of the inferences.
-    """
-
-    what: str
-    process: subprocess.Popen[bytes]
-    errors: IO[bytes]
-    midr: int = 0
-    load_peak: int = 0
-    kept: int = 0
-    run_peak: int = 0
-    timed_out: bool = field(default=False, init=False)
-
-    @property
-    def peak(self) -> int:
-        return max(self.load_peak, self.run_peak)
-
-    def run(self, inputs: Arrays) -> Arrays:
-        """One inference, on arrays of the model's own dtypes and shapes.
-
-        Raises DeviceError where the model does not take them, or the process fails or hangs.
-        """
-        request = _pack(inputs)
-        with self._watched():
-            self._stdin.write(request)
-            self._stdin.flush()
-            (peak,) = self._read("<Q")
-            outputs = self._read_tensors()
-        self.run_peak = max(self.run_peak, peak)
-        return outputs
-
-    def run_many(self, samples: Sequence[Arrays]) -> list[Arrays]:
-        """One inference after another, as `run` does."""
-        return [self.run(inputs) for inputs in samples]
-
-    def greet(self) -> None:
-        """Wait until the model is loaded."""
-        with self._watched():
-            self.midr, self.load_peak, self.kept = self._read("<IQQ")
-
-    @property
-    def _stdin(self) -> IO[bytes]:
-        assert self.process.stdin is not None
-        return self.process.stdin
-
-    def _read(self, form: str) -> tuple[int, ...]:
-        return struct.unpack(form, self._read_bytes(struct.calcsize(form)))
-
-    def _read_bytes(self, size: int) -> bytes:
-        assert self.process.stdout is not None
-        data = self.process.stdout.read(size)
-        if len(data) < size:
-            raise EOFError
-        return data
-
-    def _read_tensors(self) -> Arrays:
-        arrays: list[NDArray[Any]] = []
-        for _ in range(*self._read("<I")):
-            code, rank = self._read("<II")
-            if code not in _DTYPES:
-                raise DeviceError(f"{self.what}: output {len(arrays)} has a dtype that numpy lacks (ScalarType {code})")
-            shape, dtype = self._read(f"<{rank}Q"), _DTYPES[code]
-            data = self._read_bytes(dtype.itemsize * prod(shape))
-            arrays.append(np.frombuffer(bytearray(data), dtype).reshape(shape))
-        return tuple(arrays)
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """End the process where it takes too long, and turn its end into a DeviceError that says why."""
-        timer = threading.Timer(TIMEOUT, self._give_up)
-        timer.start()
-        try:
-            yield
-        except (EOFError, BrokenPipeError):
-            raise DeviceError(self._epitaph()) from None
-        finally:
-            timer.cancel()
-
-    def _give_up(self) -> None:
-        self.timed_out = True
-        self.process.kill()
-
-    def _epitaph(self) -> str:
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=10)
-        code = self.process.returncode
-        if self.timed_out:
-            how = f"did not answer within {TIMEOUT:g} s"
-        elif code is not None and code < 0:
-            how = f"was ended by {signal.Signals(-code).name}"
-        else:
-            how = f"ended with exit code {code}"
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").strip().splitlines()
-        return f"{self.what}: the runner {how}" + (f": {lines[-1].strip()}" if lines else "")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        with suppress(BrokenPipeError):
-            self._stdin.close()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        self.errors.close()
 
 
 @contextmanager
@@ -182,25 +49,6 @@ def load(artifact: Path, target: Target, threads: int) -> Iterator[Guest]:
         yield guest
 
 
-@contextmanager
-def start(command: list[str], what: str, environment: dict[str, str]) -> Iterator[Guest]:
-    """Start a runner and wait until it has loaded its model; it is ended with the block."""
-    errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the guest
-    try:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
-        )
-    except OSError as error:
-        errors.close()
-        raise DeviceError(f"{what}: {command[0]} cannot be started: {error}") from None
-    guest = Guest(what, process, errors)
-    try:
-        guest.greet()
-        yield guest
-    finally:
-        guest.close()
-
-
 def measure(
     artifact: Path,
     target: Target,
@@ -214,11 +62,7 @@ def measure(
     """
     with load(artifact, target, threads) as guest:
         guest.run(inputs[0])
-    memory = (
-        f"heap above an empty runtime: {Bytes(guest.load_peak)} while loading, of which {Bytes(guest.kept)} stay; "
-        f"{Bytes(guest.run_peak)} during inference"
-    )
-    found = [Measurement(target.name, "peak_memory", float(guest.peak), "simulated", detail=memory)]
+    found = [Measurement(target.name, "peak_memory", float(guest.peak), "simulated", detail=guest.memory)]
     if layers:
         seconds = sum(layer_latency(layer, precision, target, threads) for layer, precision in layers)
         how = f"roofline over {len(layers)} layers, not measured"
@@ -243,17 +87,6 @@ def layer_latencies(
 def call_latency(target: Target, threads: int) -> float:
     """No seconds: the published figures that the roofline was held against do not tell a call from its layers."""
     return 0.0
-
-
-def _pack(inputs: Arrays) -> bytes:
-    parts = [struct.pack("<I", len(inputs))]
-    for position, array in enumerate(inputs):
-        dtype = array.dtype.newbyteorder("<")
-        if dtype not in _CODES:
-            raise DeviceError(f"input {position} has dtype {array.dtype}, which no artifact takes")
-        parts.append(struct.pack(f"<II{array.ndim}Q", _CODES[dtype], array.ndim, *array.shape))
-        parts.append(array.astype(dtype, copy=False).tobytes())
-    return b"".join(parts)
 
 
 def calibration_error(target: Target, threads: int) -> tuple[CalibrationError, ...]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as tensors
 
-from edgebuild.devices import host_model, host_probes, host_rates, host_worker
+from edgebuild.devices import host_model, host_probes, host_rates, host_worker, timing
 from edgebuild.devices.device import Arrays
 from edgebuild.errors import DeviceError, MissingEnvironment
 from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
@@ -33,7 +33,6 @@ from edgebuild.units import Bytes
 TIMEOUT = 120.0  # seconds for an answer, and for starting, which is an import of torch
 SHARE = 0.5  # seconds for a request of `run_many`: short, so that the time-out tells a long evaluation from a hang
 MOST_BYTES = 64 << 20  # of the samples in such a request
-AT_LEAST, AT_MOST = 1.0, 10.0  # seconds of timed runs
 # The best of several rounds, each over all methods: another process's burst of work must not hit all runs of a method.
 CALIBRATION_ROUNDS, CALIBRATION_TIME, CALIBRATION_QUANTILE = 4, 0.006, 0.2
 
@@ -93,8 +92,8 @@ class Worker:
         self,
         inputs: Arrays,
         method: str = "forward",
-        at_least: float = AT_LEAST,
-        at_most: float = AT_MOST,
+        at_least: float = timing.AT_LEAST,
+        at_most: float = timing.AT_MOST,
         cpu: bool = False,
     ) -> tuple[NDArray[np.int64], bool]:
         """Nanoseconds of each run, after a warm-up, and whether the median had settled; the bounds are in seconds.
@@ -223,28 +222,16 @@ def measure(
     with start(artifact, target, threads) as worker:
         peak, exact = worker.memory(inputs[0])
         found, settled = worker.time(inputs[0])
-    seconds = np.sort(found) / 1e9
-    low, median, high = np.percentile(seconds, (25, 50, 75))
     detail = (
         f"{threads} thread{'s' if threads > 1 else ''}; load of the machine before: {busy:.2f} on {os.cpu_count()} "
-        f"cores; the middle half of the runs lies within {(high - low) / median:.1%}"
-    ) + ("" if settled else f"; the median had not settled after {AT_MOST:g} s")
-    figures = {
-        "latency": median,
-        "latency_p95": np.percentile(seconds, 95),
-        "latency_p99": np.percentile(seconds, 99),
-        "latency_min": seconds[0],
-        "throughput": 1 / seconds.mean(),
-    }
+        f"cores; {timing.spread(found, settled)}"
+    )
     size = Bytes(artifact.stat().st_size)
     memory = f"resident above an empty runtime, at its highest while loading and running a file of {size}"
     if not exact:
         memory = "resident above an empty runtime after loading and running; this kernel does not let the peak be reset"
     return (
-        *(
-            Measurement(target.name, quantity, float(value), "measured", runs=len(seconds), detail=detail)
-            for quantity, value in figures.items()
-        ),
+        *timing.measurements(target.name, found, detail),
         Measurement(target.name, "peak_memory", float(peak), "measured", runs=host_worker.MEMORY_RUNS, detail=memory),
     )
 

@@ -188,7 +188,7 @@ def _time(model: _Model, inputs: tuple[Any, ...], method: str, at_least: float, 
             call(inputs)
             after = clock()
             found.append(after - before)
-        settled = after - started >= at_least * 1e9 and len(found) >= MIN_RUNS and _agree(found)
+        settled = after - started >= at_least * 1e9 and len(found) >= MIN_RUNS and agree(found)
     gc.enable()
     return {"settled": settled}, [torch.tensor(found, dtype=torch.int64)]
 
@@ -202,7 +202,8 @@ _OPERATIONS: dict[str, Callable[..., _Answer]] = {
 }
 
 
-def _agree(found: list[int]) -> bool:
+def agree(found: list[int]) -> bool:
+    """Whether the medians of the two halves of the runs are close."""
     half = len(found) // 2
     first, second = statistics.median(found[:half]), statistics.median(found[half:])
     return abs(first - second) <= AGREEMENT * min(first, second)

@@ -38,7 +38,7 @@ def simulate(artifact: Path, target: Target, threads: int, sampled: bool = True)
         command = [
             *(str(toolchain.qemu()), "-cpu", cluster.qemu_cpu, "-plugin", plugin),
             *("-L", str(toolchain.library_prefix(toolchain.compiler()))),
-            *("./runner", "model", f"{'sample' if sampled else 'simulate'}:{threads}"),
+            *("./runner", "--sample" if sampled else "--simulate", "model", str(threads)),
         ]
         try:
             done = subprocess.run(

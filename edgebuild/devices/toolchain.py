@@ -1,4 +1,4 @@
-"""What the simulated Arm device is made of: qemu's user mode, a compiler for Arm, ExecuTorch's Arm library, our runner.
+"""What runs models on Arm: qemu's user mode, a compiler for Arm, ExecuTorch's Arm library, our runner.
 
 qemu and the compiler come from the system. The library comes out of ExecuTorch's own aarch64 wheel, fetched once by pip
 and held against a known hash; the runner is compiled once. Both are kept in the cache, in folders named by what they
@@ -7,6 +7,7 @@ hold.
 
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from edgebuild import cache
@@ -66,7 +68,7 @@ def runner() -> Path:
 
 def plugin() -> Path:
     """The simulator, a plugin of qemu (`native/simulator`), built on first use. Raises MissingEnvironment."""
-    cc = native_compiler()
+    cc = _program("EDGEBUILD_CC", "cc", "apt-get install -y gcc")
     sources = sorted((NATIVE / "simulator").glob("*.c"))
     headers = [*sorted((NATIVE / "simulator").glob("*.h")), NATIVE / "marks.h"]
     texts = [path.read_bytes() for path in (*sources, *headers)]
@@ -83,8 +85,31 @@ def plugin() -> Path:
 
 
 def native_compiler() -> Path:
-    """The C compiler of this machine: $EDGEBUILD_CC, else `cc`. Raises MissingEnvironment."""
-    return _program("EDGEBUILD_CC", "cc")
+    """The C++ compiler for this machine, `g++`. Raises MissingEnvironment."""
+    return _program("EDGEBUILD_NATIVE_CXX", "g++", "apt-get install -y g++")
+
+
+def native_sdk() -> Path:
+    """The installed ExecuTorch, which brings its `include` and `lib`. Raises MissingEnvironment."""
+    _executorch_version()
+    spec = find_spec("executorch")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        if (Path(folder) / "lib/libexecutorch.so").is_file():
+            return Path(folder)
+    raise MissingEnvironment(
+        "the installed executorch has no C++ libraries", f"pip install executorch=={[*WHEELS][-1]}"
+    )
+
+
+def native_runner() -> Path:
+    """The program that runs a `.pte`, for this machine, built on first use. Raises MissingEnvironment."""
+    headers_and_libraries, cxx = native_sdk(), native_compiler()
+    folder = cache.root() / "native" / f"runner-{_runner_key(cxx, _executorch_version(), platform.machine())}"
+
+    def make(made: Path) -> None:
+        build_runner(cxx, headers_and_libraries, made / "runner", f"-Wl,-rpath,{headers_and_libraries / 'lib'}")
+
+    return publish(folder, make) / "runner"
 
 
 def build_runner(cxx: Path, headers_and_libraries: Path, output: Path, *link: str) -> None:
@@ -104,8 +129,8 @@ def build_runner(cxx: Path, headers_and_libraries: Path, output: Path, *link: st
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
         raise MissingEnvironment(
-            f"{cxx} cannot build the Arm runner: {errors[0].strip()}",
-            "it needs GCC 10 or newer with the Arm C++ library",
+            f"{cxx} cannot build the runner: {errors[0].strip()}",
+            "it needs GCC 10 or newer with its C++ library",
         )
 
 
@@ -161,12 +186,12 @@ def publish(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _program(variable: str, name: str) -> Path:
+def _program(variable: str, name: str, install: str = INSTALL) -> Path:
     chosen = os.environ.get(variable)
     path = shutil.which(chosen or name)
     if path is None:
         where = f"{chosen} (from {variable})" if chosen else name
-        raise MissingEnvironment(f"the simulated Arm device needs {where}, which is not installed", INSTALL)
+        raise MissingEnvironment(f"{where}, which this device needs, is not installed", install)
     return Path(path)
 
 
@@ -189,9 +214,12 @@ def _sdk_folder() -> Path:
 
 
 def _runner_folder(cxx: Path) -> Path:
+    return cache.root() / "arm" / f"runner-{_runner_key(cxx, _sdk_folder().name)}"
+
+
+def _runner_key(cxx: Path, *more: str) -> str:
     sources = [path.read_bytes() for path in sorted(NATIVE.iterdir()) if path.suffix in (".cpp", ".h")]
-    key = cache.key(*sources, *FLAGS, *LIBRARIES, _sdk_folder().name, _first_line([str(cxx), "--version"]))
-    return cache.root() / "arm" / f"runner-{key[:16]}"
+    return cache.key(*sources, *FLAGS, *LIBRARIES, *more, _first_line([str(cxx), "--version"]))[:16]
 
 
 def _pip_command() -> list[str]:

@@ -17,7 +17,7 @@ from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgebuild import catalog
-from edgebuild.devices import arm, machine, toolchain
+from edgebuild.devices import arm, guest, machine, toolchain
 from edgebuild.errors import DeviceError, MissingEnvironment
 from edgebuild.spec import LayerFacts, Target
 
@@ -146,9 +146,9 @@ def test_the_runner_builds_without_warnings_and_runs_on_this_machine(nets, tmp_p
     built = tmp_path / "runner"
     toolchain.build_runner(Path(compiler), package, built, f"-Wl,-rpath,{package / 'lib'}", "-Werror")
     for path in nets.values():
-        with arm.start([str(built), str(path), "1"], path.name, {}) as guest:
+        with guest.start([str(built), str(path), "1"], path.name, {}) as held:
             for image in _images(2):
-                (output,), (expected,) = guest.run((image,)), _on_host(path, (image,))
+                (output,), (expected,) = held.run((image,)), _on_host(path, (image,))
                 np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -247,12 +247,12 @@ def test_a_guest_that_dies_is_a_finding_and_stays_one(emulator, pi, nets):
 
 
 def test_a_guest_that_hangs_is_ended(emulator, pi, nets, monkeypatch):
-    with arm.load(nets["fp32"], pi, 1) as guest:
-        guest.process.send_signal(signal.SIGSTOP)
-        monkeypatch.setattr(arm, "TIMEOUT", 0.5)
+    with arm.load(nets["fp32"], pi, 1) as held:
+        held.process.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(guest, "TIMEOUT", 0.5)
         with pytest.raises(DeviceError, match=r"the runner did not answer within 0\.5 s"):
-            guest.run((_images(1)[0],))
-        assert guest.process.returncode == -signal.SIGKILL
+            held.run((_images(1)[0],))
+        assert held.process.returncode == -signal.SIGKILL
 
 
 def test_the_process_ends_with_the_block(emulator, pi, nets):

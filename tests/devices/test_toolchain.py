@@ -96,7 +96,7 @@ def test_a_compiler_that_cannot_build_the_runner(tmp_path):
     refuses = tmp_path / "g++"
     refuses.write_text("#!/bin/sh\necho 'runner.cpp:1:1: error: no such thing' >&2\nexit 1\n")
     refuses.chmod(0o755)
-    with pytest.raises(MissingEnvironment, match=r"cannot build the Arm runner: runner\.cpp:1:1: error: no such thing"):
+    with pytest.raises(MissingEnvironment, match=r"cannot build the runner: runner\.cpp:1:1: error: no such thing"):
         toolchain.build_runner(refuses, tmp_path, tmp_path / "runner")
 
 

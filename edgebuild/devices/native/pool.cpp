@@ -6,8 +6,6 @@
 // one call. Threads do not steal work here: the simulated cores are equal.
 #include "pool.h"
 
-#include "marks.h"
-
 #include <algorithm>
 #include <array>
 #include <cstddef>

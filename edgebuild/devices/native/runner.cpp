@@ -1,27 +1,31 @@
-// Runs a .pte and answers over its standard input and output: `runner MODEL.pte THREADS`. In place of the number of
-// threads, `simulate:THREADS` and `sample:THREADS` run an inference for the simulator, whole or sampled, and print
-// the names of its operators, one a line.
+// Runs a .pte and answers over its standard input and output: `runner MODEL.pte THREADS`. Without a host,
+// `runner --time MODEL.pte THREADS RUNS` times runs on made-up inputs and prints a line: "latency_ns MEDIAN P95 MIN RUNS".
+// For the simulator, `runner --simulate MODEL.pte THREADS` runs two inferences, and `--sample` the essential parts of two;
+// they print the names of the operators of the second, one a line.
 //
 // Protocol (integers little-endian; the guest is the one that runs this program):
 //   guest, once the model is loaded:  u32 MIDR of the first core as cpuinfo read it
 //                                     u64 peak heap of loading, u64 heap kept after loading
 //   host, for each inference:         tensors
 //   guest:                            u64 peak heap of this inference, tensors
+//   host, for timed inferences:       u32 TIMED, u32 warm-ups, u32 runs, tensors
+//   guest:                            u64 nanoseconds[runs] of CLOCK_MONOTONIC, from inputs handed in to outputs
 //   host, to end:                     closes the guest's standard input
 //   tensors := u32 count, then for each: u32 dtype, u32 rank, u64 size[rank], the elements in C order
 // A dtype is the number of ExecuTorch's ScalarType: 0 uint8, 1 int8, 2 int16, 3 int32, 4 int64, 5 float16, 6 float32,
-// 7 float64, 11 bool. Heap is in bytes above the empty runtime (threads started, nothing loaded) and counts what the model
-// holds; the buffers of this protocol are left out. Anything wrong ends the program with a line on standard error.
+// 7 float64, 11 bool. TIMED is 2^32 - 1, which is no count of tensors. Heap is in bytes above the empty runtime (threads
+// started, nothing loaded) and counts what the model holds; the buffers of this protocol are left out. Anything wrong
+// ends the program with a line on standard error.
 #include "heap.h"
-#include "marks.h"
-#include "pool.h"
 #include "simulation.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <ctime>
+#include <memory>
 #include <string>
 #include <unistd.h>
 #include <utility>
@@ -58,6 +62,9 @@ using executorch::runtime::Error;
 using executorch::runtime::EValue;
 
 constexpr size_t MAX_RANK = 16;
+constexpr uint32_t TIMED = UINT32_MAX;
+constexpr uint32_t WARM_UPS = 10;        // of `--time`
+constexpr uint32_t MOST_RUNS = 1000000;  // of a request
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char *format, ...) {
     std::fputs("edgebuild runner: ", stderr);
@@ -203,10 +210,15 @@ struct Model {
     std::vector<executorch::runtime::TensorInfo> inputs;
     size_t kept = 0;  // heap that the model holds now
 
-    explicit Model(const char *path) : module(path) {}
+    explicit Model(const char *path, std::unique_ptr<executorch::runtime::EventTracer> tracer = nullptr)
+        : module(path, Module::LoadMode::File, std::move(tracer)) {}
 };
 
-void load(Model &model, const char *path) {
+struct Loading {
+    size_t peak, kept;
+};
+
+Loading load(Model &model, const char *path) {
     const size_t empty = heap::live();
     heap::reset_peak();
     if (const Error error = model.module.load(); error != Error::Ok) {
@@ -224,24 +236,37 @@ void load(Model &model, const char *path) {
         model.inputs.push_back(*info);
     }
 
-    const auto *core = cpuinfo_initialize() ? cpuinfo_get_uarch(0) : nullptr;
-    write_number<uint32_t>(core == nullptr ? 0 : core->midr);
-    write_number<uint64_t>(peak);
-    write_number<uint64_t>(model.kept);
+    return {peak, model.kept};
 }
 
-void infer(Model &model, uint32_t count) {
-    if (count != model.inputs.size()) fail("%u inputs given, but the model takes %zu", count, model.inputs.size());
+void greet(const Loading &heap) {
+    const auto *core = cpuinfo_initialize() ? cpuinfo_get_uarch(0) : nullptr;
+    write_number<uint32_t>(core == nullptr ? 0 : core->midr);
+    write_number<uint64_t>(heap.peak);
+    write_number<uint64_t>(heap.kept);
+}
+
+struct Inputs {
     std::vector<TensorPtr> tensors;
     std::vector<EValue> values;
-    for (size_t i = 0; i < count; ++i) {
-        tensors.push_back(read_tensor(i, model.inputs[i]));
+
+    void add(TensorPtr tensor) {
+        tensors.push_back(std::move(tensor));
         values.emplace_back(*tensors.back());
     }
+};
 
+Inputs read_inputs(const Model &model, uint32_t count) {
+    if (count != model.inputs.size()) fail("%u inputs given, but the model takes %zu", count, model.inputs.size());
+    Inputs inputs;
+    for (size_t i = 0; i < count; ++i) inputs.add(read_tensor(i, model.inputs[i]));
+    return inputs;
+}
+
+void infer(Model &model, const Inputs &inputs) {
     const size_t before = heap::live();
     heap::reset_peak();
-    const auto outputs = model.module.execute("forward", values);
+    const auto outputs = model.module.execute("forward", inputs.values);
     require(outputs.error(), "the inference failed");
     const size_t peak = model.kept + (heap::peak() - before);
     model.kept += heap::live() - before;  // may wrap in between; the sum is right
@@ -254,71 +279,110 @@ void infer(Model &model, uint32_t count) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------------ simulating
+uint64_t now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return static_cast<uint64_t>(time.tv_sec) * 1000000000 + static_cast<uint64_t>(time.tv_nsec);
+}
 
-// Values between -1 and 1, always the same. Not zeros: an emulator takes longer for exact results, which it must tell from
-// rounded ones.
-TensorPtr sample_input(const executorch::runtime::TensorInfo &info) {
-    std::vector<SizesType> sizes(info.sizes().begin(), info.sizes().end());
-    TensorPtr tensor = executorch::extension::zeros(std::move(sizes), info.scalar_type());
-    if (info.scalar_type() == ScalarType::Float) {
-        auto *values = tensor->mutable_data_ptr<float>();
-        for (ssize_t i = 0; i < tensor->numel(); ++i) {
-            values[i] = static_cast<float>(static_cast<uint32_t>(i) * 2654435761u % 1000u) / 500.0f - 1.0f;
-        }
+std::vector<uint64_t> time_runs(Model &model, const Inputs &inputs, uint32_t warm_ups, uint32_t runs) {
+    if (runs > MOST_RUNS || warm_ups > MOST_RUNS) fail("%u runs are too many", std::max(runs, warm_ups));
+    std::vector<uint64_t> nanoseconds(runs);
+    const size_t before = heap::live();
+    for (uint32_t i = 0; i < warm_ups + runs; ++i) {
+        const uint64_t began = now();
+        const auto outputs = model.module.execute("forward", inputs.values);
+        const uint64_t ended = now();
+        require(outputs.error(), "the inference failed");
+        if (i >= warm_ups) nanoseconds[i - warm_ups] = ended - began;
     }
-    return tensor;
+    model.kept += heap::live() - before;
+    return nanoseconds;
+}
+
+void answer(Model &model, uint32_t count) {
+    if (count != TIMED) return infer(model, read_inputs(model, count));
+    const auto warm_ups = read_number<uint32_t>(), runs = read_number<uint32_t>();
+    const auto nanoseconds = time_runs(model, read_inputs(model, read_number<uint32_t>()), warm_ups, runs);
+    write_exactly(nanoseconds.data(), nanoseconds.size() * sizeof nanoseconds[0]);
+}
+
+// Floats lie between -1 and 1 and are always the same; everything else is 0. Floats that are 0 would not do: an emulator
+// takes longer for exact results, which it must tell from rounded ones.
+Inputs made_up_inputs(const Model &model) {
+    Inputs inputs;
+    for (const auto &info : model.inputs) {
+        std::vector<SizesType> sizes(info.sizes().begin(), info.sizes().end());
+        const std::vector<uint8_t> order(info.dim_order().begin(), info.dim_order().end());
+        std::vector<uint8_t> data(info.nbytes());
+        if (info.scalar_type() == ScalarType::Float) {
+            auto *values = reinterpret_cast<float *>(data.data());
+            for (uint32_t i = 0; i < data.size() / sizeof *values; ++i) {
+                values[i] = static_cast<float>(i * 2654435761u % 1000u) / 500.0f - 1.0f;
+            }
+        }
+        using executorch::extension::make_tensor_ptr;
+        inputs.add(make_tensor_ptr(std::move(sizes), std::move(data), order, {}, info.scalar_type()));
+    }
+    return inputs;
+}
+
+void time_by_hand(Model &model, uint32_t runs) {
+    auto nanoseconds = time_runs(model, made_up_inputs(model), WARM_UPS, runs);
+    std::sort(nanoseconds.begin(), nanoseconds.end());
+    const size_t half = runs / 2;
+    const uint64_t median = runs % 2 ? nanoseconds[half] : (nanoseconds[half - 1] + nanoseconds[half]) / 2;
+    const uint64_t p95 = nanoseconds[(runs * size_t{95} + 99) / 100 - 1];
+    dprintf(answers, "latency_ns %llu %llu %llu %u\n", static_cast<unsigned long long>(median),
+            static_cast<unsigned long long>(p95), static_cast<unsigned long long>(nanoseconds[0]), runs);
 }
 
 // The second of two inferences counts: the first one fills the caches and lets the runtime set itself up.
-int simulate(const char *path, unsigned threads, bool sampled) {
-    auto *pool = executorch::extension::threadpool::get_threadpool();
-    if (pool == nullptr || !pool->_unsafe_reset_threadpool(1)) fail("the threads cannot be reset");
-    simulation::start(threads, sampled);
-    Module module(path, Module::LoadMode::File, simulation::tracer());
-    if (const Error error = module.load(); error != Error::Ok) {
-        fail("%s is no program that can be loaded: %s", path, executorch::runtime::to_string(error));
-    }
-    require(module.load_method("forward"), "the method `forward` cannot be loaded");
-    const auto meta = module.method_meta("forward");
-    require(meta.error(), "the method `forward` cannot be described");
-    std::vector<TensorPtr> tensors;
-    std::vector<EValue> values;
-    for (size_t i = 0; i < meta->num_inputs(); ++i) {
-        const auto info = meta->input_tensor_meta(i);
-        if (!info.ok()) fail("input %zu of the model is not a tensor", i);
-        tensors.push_back(sample_input(*info));
-        values.emplace_back(*tensors.back());
-    }
-    mark(MARK_FOLLOW);
+void simulate(Model &model) {
+    const Inputs inputs = made_up_inputs(model);
+    simulation::follow();
     for (int inference = 0; inference < 2; ++inference) {
         simulation::begin();
-        const auto outputs = module.execute("forward", values);
+        const auto outputs = model.module.execute("forward", inputs.values);
         simulation::end();
         require(outputs.error(), "the inference failed");
     }
-    for (const std::string &name : simulation::operators()) std::printf("%s\n", name.c_str());
-    return 0;
+    for (const std::string &name : simulation::operators()) dprintf(answers, "%s\n", name.c_str());
+}
+
+int positive(const char *text, const char *what) {
+    const int number = std::atoi(text);
+    if (number < 1) fail("%s is no number of %s", text, what);
+    return number;
 }
 
 }  // namespace
 
 int main(int argc, char **argv) {
-    if (argc != 3) fail("usage: runner MODEL.pte THREADS");
-    const char *colon = std::strchr(argv[2], ':');
-    const int threads = std::atoi(colon == nullptr ? argv[2] : colon + 1);
-    if (threads < 1) fail("%s is no number of threads", argv[2]);
-    if (colon != nullptr) return simulate(argv[1], static_cast<unsigned>(threads), std::strncmp(argv[2], "sample:", 7) == 0);
+    const std::string mode = argc > 3 ? argv[1] : "";
+    const bool by_hand = mode == "--time", sampled = mode == "--sample", simulated = sampled || mode == "--simulate";
+    if (argc != 3 + (simulated ? 1 : by_hand ? 2 : 0)) fail("usage: see the head of runner.cpp");
+    const char *path = argv[mode.empty() ? 1 : 2];
+    const int threads = positive(argv[mode.empty() ? 2 : 3], "threads");
+    const int runs = by_hand ? positive(argv[4], "runs") : 0;
     answers = dup(STDOUT_FILENO);
     if (answers < 0 || dup2(STDERR_FILENO, STDOUT_FILENO) < 0) fail("standard output cannot be moved");
 
     auto *pool = executorch::extension::threadpool::get_threadpool();
-    if (pool == nullptr || !pool->_unsafe_reset_threadpool(static_cast<uint32_t>(threads))) {
+    if (pool == nullptr || !pool->_unsafe_reset_threadpool(simulated ? 1 : static_cast<uint32_t>(threads))) {
         fail("%d threads cannot be started", threads);
     }
-    Model model(argv[1]);
-    load(model, argv[1]);
-    uint32_t count;
-    while (read_exactly(&count, sizeof count, true)) infer(model, count);
+    if (simulated) simulation::start(static_cast<unsigned>(threads), sampled);
+    Model model(path, simulated ? simulation::tracer() : nullptr);
+    const Loading heap = load(model, path);
+    if (simulated) {
+        simulate(model);
+    } else if (by_hand) {
+        time_by_hand(model, static_cast<uint32_t>(runs));
+    } else {
+        greet(heap);
+        uint32_t count;
+        while (read_exactly(&count, sizeof count, true)) answer(model, count);
+    }
     return 0;
 }

@@ -1,6 +1,5 @@
 #include "simulation.h"
 
-#include "marks.h"
 #include "pool.h"
 
 #include <cstdint>
@@ -113,6 +112,8 @@ void start(unsigned threads, bool sampled) {
     unnamed.reserve(4096);
     simulated_pool::enable(threads, sampled);
 }
+
+void follow() { mark(MARK_FOLLOW); }
 
 void begin() {
     names.clear();

@@ -16,6 +16,9 @@ namespace simulation {
 // From here on, parallel loops run as on so many threads.
 void start(unsigned threads, bool sampled);
 
+// The simulator takes no notice of anything before this, such as loading the model.
+void follow();
+
 // An inference begins and ends. In between, operators are marked and their names kept.
 void begin();
 void end();
