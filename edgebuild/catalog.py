@@ -67,6 +67,11 @@ def _target(path: Path) -> tuple[Target, str]:
     costs_of = table.pop("costs_of", "")
     if not isinstance(costs_of, str):
         raise SpecError(f"{path}: costs_of is the name of a target")
+    clusters = table.get("cluster")
+    for cluster in clusters if isinstance(clusters, list) else ():
+        if isinstance(cluster, dict) and isinstance(name := cluster.get("model"), str):
+            load_core(name, path.parent)  # refused by its own name
+            cluster["model"] = _read(_core_file(name, path.parent))
     target: Target = _decode(table, Target, path)
     if target.device == "ssh":
         _check_remote(target, costs_of, path)
@@ -74,8 +79,6 @@ def _target(path: Path) -> tuple[Target, str]:
         raise SpecError(f'{path}: [ssh] and costs_of are for device = "ssh", not for {target.device!r}')
     if target.device == "arm" and (not target.cluster or target.memory is None or target.threads is None):
         raise SpecError(f"{path}: an arm target needs [[cluster]], [memory] and [threads]")
-    for cluster in target.cluster:
-        load_core(cluster.model)
     return target, costs_of
 
 
@@ -95,42 +98,37 @@ def _check_remote(target: Target, costs_of: str, path: Path) -> None:
             raise SpecError(f"{path}: ssh.options: {option!r} is not an option of ssh_config(5)", 'write "Key=value"')
 
 
-def load_core(name: str) -> Core:
-    """Read the model of a core by its name. Raises SpecError where it is not complete."""
-    path = folder("targets") / "cores" / f"{name}.toml"
-    if not path.is_file():
-        known = sorted(other.stem for other in path.parent.glob("*.toml"))
-        raise SpecError(f"no model of a core {name!r}", _did_you_mean(name, known))
+def load_core(name: str, beside: Path | None = None) -> Core:
+    """Read the model of a shipped core by its name, or one at a path that is relative to the folder `beside`.
+
+    Raises SpecError where it is not there or not complete.
+    """
+    path = _core_file(name, beside or Path())
     core: Core = _decode(_read(path), Core, path)
+    _check_core(core, path)
+    return core
+
+
+def _core_file(name: str, beside: Path) -> Path:
+    cores = folder("targets") / "cores"
+    path = beside / name if name.endswith(".toml") else cores / f"{name}.toml"
+    if not path.is_file():
+        raise SpecError(
+            f"no model of a core {name!r}", _did_you_mean(name, sorted(p.stem for p in cores.glob("*.toml")))
+        )
+    return path
+
+
+def _check_core(core: Core, path: Path) -> None:
     found = [name for group in core.execution for name in group.classes]
     for name in found:
         if name not in INSTRUCTION_CLASSES:
             raise SpecError(f"{path}: unknown instruction class {name!r}", _did_you_mean(name, INSTRUCTION_CLASSES))
         if found.count(name) > 1:
             raise SpecError(f"{path}: the instruction class {name!r} is there twice")
-        port_slots(core, name)
+        core.slots(name)
     if missing := INSTRUCTION_CLASSES.keys() - set(found):
         raise SpecError(f"{path}: no figures for the instruction classes {', '.join(sorted(missing))}")
-    return core
-
-
-_SLOT = re.compile(r"(?P<ports>\w+(/\w+)*)( x(?P<cycles>\d+))?")
-
-
-def port_slots(core: Core, instruction_class: str) -> tuple[tuple[tuple[str, ...], int], ...]:
-    """What a class takes, slot by slot: the ports of which one is taken, and for how many cycles."""
-    slots = []
-    written = core.of(instruction_class).ports
-    for part in written.split(" + ") if written else ():
-        match = _SLOT.fullmatch(part)
-        if match is None:
-            raise SpecError(f"{core.name}: ports of {instruction_class}: {written!r} is not written as 'F0/F1 x2 + L'")
-        ports = tuple(match["ports"].split("/"))
-        for port in ports:
-            if port not in core.ports:
-                raise SpecError(f"{core.name}: ports of {instruction_class}: {port!r} is not in {list(core.ports)}")
-        slots.append((ports, int(match["cycles"] or 1)))
-    return tuple(slots)
 
 
 def load_profile(name: str) -> Profile:

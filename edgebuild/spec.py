@@ -4,12 +4,14 @@ Sizes are in bytes, times in seconds, channel counts in channels. `Plan`, `Measu
 JSON as they stand.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Literal
 
+from edgebuild.errors import SpecError
 from edgebuild.units import Bandwidth, Bytes, Hertz, Percent, Seconds
 
 Technique = Literal["quantize", "prune", "factorize", "distil"]
@@ -49,7 +51,7 @@ class SharedCache:
 
 @dataclass(frozen=True)
 class Clock:
-    """The clock that a core holds under load: `rate` with one core busy, `all_cores` with all of them, 0 if the same."""
+    """The clock that a core holds: `rate` with one core busy, `all_cores` with all of them (0: the same)."""
 
     rate: Hertz
     source: str
@@ -139,12 +141,12 @@ class ExecutionGroup:
     """Instruction classes whose figures come from one source; the classes are `INSTRUCTION_CLASSES`."""
 
     source: str
-    classes: Mapping[str, Execution]
+    classes: Mapping[str, Execution] = field(hash=False)
 
 
 @dataclass(frozen=True)
 class Core:
-    """A core's microarchitecture, for the simulator; one TOML in `targets/cores/`."""
+    """A core's microarchitecture, for the simulator; one TOML in `targets/cores/`, or beside the target's."""
 
     name: str
     title: str
@@ -155,6 +157,28 @@ class Core:
 
     def of(self, instruction_class: str) -> Execution:
         return next(group.classes[instruction_class] for group in self.execution if instruction_class in group.classes)
+
+    def slots(self, instruction_class: str) -> tuple[tuple[tuple[str, ...], int], ...]:
+        """What a class takes, slot by slot: the ports of which one is taken, and for how many cycles.
+
+        Raises SpecError where `Execution.ports` is not written as it says.
+        """
+        written, slots = self.of(instruction_class).ports, []
+        for part in written.split(" + ") if written else ():
+            match = _SLOT.fullmatch(part)
+            if match is None:
+                raise SpecError(
+                    f"{self.name}: ports of {instruction_class}: {written!r} is not written as 'F0/F1 x2 + L'"
+                )
+            ports = tuple(match["ports"].split("/"))
+            for port in ports:
+                if port not in self.ports:
+                    raise SpecError(f"{self.name}: ports of {instruction_class}: {port!r} is not in {list(self.ports)}")
+            slots.append((ports, int(match["cycles"] or 1)))
+        return tuple(slots)
+
+
+_SLOT = re.compile(r"(?P<ports>\w+(/\w+)*)( x(?P<cycles>\d+))?")
 
 
 # What `native/simulator/decode.c` sorts A64 instructions into. _d: up to 64 bits of a vector register, _q: 128 bits.
@@ -210,11 +234,11 @@ INSTRUCTION_CLASSES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal cores of a target. `model` names the file of the core; `qemu_cpu` is the ISA that the simulation has."""
+    """Equal cores of a target. The TOML's `model` names the core's file; `qemu_cpu` is the ISA of the simulation."""
 
     name: str
     core: str
-    model: str
+    model: Core
     count: int
     count_source: str
     qemu_cpu: str

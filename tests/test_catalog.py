@@ -37,8 +37,8 @@ def test_a_target_holds_together(name):
     assert target.memory and target.threads and 0 < target.threads.fork_join < 1e-3
     assert target.memory.one_core <= target.memory.all_cores
     for cluster in target.cluster:
-        assert cluster.model in CORES
-        core = catalog.load_core(cluster.model)
+        core = cluster.model
+        assert core == catalog.load_core(core.name)
         levels = [cluster.l2, *([target.l3] if target.l3 else [])]
         sizes = [cluster.l1d.size, *(level.size for level in levels), target.memory.size]
         assert sizes == sorted(set(sizes))
@@ -65,7 +65,7 @@ def test_every_shipped_core_is_complete(name):
     assert core.misses.line_fill_buffers > 0 and core.misses.prefetch > 0
     used = set()
     for instruction_class in INSTRUCTION_CLASSES:
-        figures, slots = core.of(instruction_class), catalog.port_slots(core, instruction_class)
+        figures, slots = core.of(instruction_class), core.slots(instruction_class)
         assert 0 < figures.latency < 100 and 0 <= figures.accumulate <= figures.latency and figures.micro_ops > 0
         assert bool(slots) == (instruction_class != "nop")
         used |= {port for ports, _ in slots for port in ports}
@@ -74,7 +74,7 @@ def test_every_shipped_core_is_complete(name):
 
 def in_a_cycle(core, instruction_class):
     """How many of a class a core's ports take in a cycle, at most."""
-    slots = catalog.port_slots(core, instruction_class)
+    slots = core.slots(instruction_class)
     ports = {port for choice, _ in slots for port in choice}
     return len(ports) / sum(cycles for _, cycles in slots)
 
@@ -144,7 +144,7 @@ def test_a_model_that_is_not_there_is_named(a_core):
 
 def test_port_slots_are_alternatives_with_cycles(a_core):
     a_core('ports = "L + S"', 'ports = "F0/F1 x3 + L + I0/I1/M x2"')
-    slots = catalog.port_slots(catalog.load_core("core"), "atomic")
+    slots = catalog.load_core("core").slots("atomic")
     assert slots == ((("F0", "F1"), 3), (("L",), 1), (("I0", "I1", "M"), 2))
 
 

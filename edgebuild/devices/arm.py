@@ -1,7 +1,7 @@
 """A simulated Arm CPU: the artifact runs in ExecuTorch's Arm build under qemu's user mode, on the core's kernels.
 
-Outputs and peak memory are those of the real library on the real instruction set. Latency is an estimate from the
-target's figures (see `roofline`): an emulator keeps no time.
+Outputs and peak memory are those of the real library on the real instruction set; latency is that of a model of the
+core and its memory, which follows every instruction (see `simulator`).
 """
 
 import subprocess
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgebuild.devices import machine, roofline, toolchain
+from edgebuild.devices import machine, roofline, simulator, toolchain
 from edgebuild.devices.device import Arrays
 from edgebuild.devices.guest import Guest, start
 from edgebuild.errors import DeviceError, MissingEnvironment
@@ -29,6 +29,7 @@ def check(target: Target) -> None:
             raise MissingEnvironment(f"{qemu} does not know the CPU {cpu!r} of {target.name}", "use qemu 7.2 or newer")
     toolchain.library_prefix(toolchain.compiler())
     toolchain.runner()
+    toolchain.plugin()
 
 
 @contextmanager
@@ -56,18 +57,17 @@ def measure(
     inputs: Sequence[Arrays],
     layers: Sequence[tuple[LayerFacts, Precision]],
 ) -> tuple[Measurement, ...]:
-    """Peak memory of loading and one inference on `inputs[0]`; latency and throughput from the roofline over `layers`.
+    """Latency and throughput, simulated; peak memory of loading and one inference on `inputs[0]`.
 
-    Without layers there is no estimate, and the latency and throughput are left out.
+    `layers` are not needed. The latency's error is the target's own, from what was published or measured of it.
     """
     with load(artifact, target, threads) as guest:
         guest.run(inputs[0])
     found = [Measurement(target.name, "peak_memory", float(guest.peak), "simulated", detail=guest.memory)]
-    if layers:
-        seconds = sum(layer_latency(layer, precision, target, threads) for layer, precision in layers)
-        how = f"roofline over {len(layers)} layers, not measured"
-        for quantity, value in (("latency", seconds), ("throughput", 1 / seconds)):
-            found.append(Measurement(target.name, quantity, value, "estimated", target.latency_error, detail=how))
+    timed = simulator.simulate(artifact, target, threads)
+    how = simulator.summary(timed)
+    for quantity, value in (("latency", timed.seconds), ("throughput", 1 / timed.seconds)):
+        found.append(Measurement(target.name, quantity, value, "simulated", target.latency_error, detail=how))
     return tuple(found)
 
 

@@ -1,7 +1,7 @@
 """Time on a simulated Arm machine: the runner under qemu, with our plugin following every instruction.
 
-`native/simulator` holds the plugin: the decoder, the model of a core, and that of the memory. `native/simulation.cpp` is
-the runner's half. This module writes the machine down for the plugin, starts both, and reads what came out.
+`native/simulator` holds the plugin: the decoder, the model of a core, and that of the memory. `native/simulation.cpp`
+is the runner's half. This module writes the machine down for the plugin, starts both, and reads what came out.
 """
 
 import json
@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgebuild.catalog import load_core, port_slots
 from edgebuild.devices import machine, toolchain
 from edgebuild.errors import DeviceError
 from edgebuild.spec import Core, OperatorTime, SharedCache, Simulation, Target
+from edgebuild.units import Bytes
 
 LINE = 64  # bytes; native/simulator/memory.h
 TIMEOUT = 900.0  # seconds
@@ -25,6 +25,12 @@ def simulate(artifact: Path, target: Target, threads: int, sampled: bool = True)
     With `sampled`, the middle of long loops is left out and put in by what was seen around it. Raises
     MissingEnvironment, and DeviceError where the process fails.
     """
+    (found,) = simulate_methods(artifact, target, threads, "--sample" if sampled else "--simulate").values()
+    return found
+
+
+def simulate_methods(artifact: Path, target: Target, threads: int, mode: str) -> dict[str, Simulation]:
+    """Time one inference of each method of a `.pte`; `mode` is an option of `native/runner.cpp`."""
     cluster = target.cluster[0]
     what = f"{Path(artifact).name} simulated on {target.name}"
     with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
@@ -38,7 +44,7 @@ def simulate(artifact: Path, target: Target, threads: int, sampled: bool = True)
         command = [
             *(str(toolchain.qemu()), "-cpu", cluster.qemu_cpu, "-plugin", plugin),
             *("-L", str(toolchain.library_prefix(toolchain.compiler()))),
-            *("./runner", "--sample" if sampled else "--simulate", "model", str(threads)),
+            *("./runner", mode, "model", str(threads)),
         ]
         try:
             done = subprocess.run(
@@ -49,18 +55,43 @@ def simulate(artifact: Path, target: Target, threads: int, sampled: bool = True)
         if done.returncode or not (scratch / "result").is_file():
             lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
             raise DeviceError(f"{what}: the simulator ended with exit code {done.returncode}: {lines[-1]}")
-        result = json.loads((scratch / "result").read_bytes())
-    names = done.stdout.decode(errors="replace").splitlines()
-    if len(names) != len(result["operators"]):
-        raise DeviceError(f"{what}: {len(result['operators'])} operators were timed, and {len(names)} have a name")
-    return Simulation(
-        target=target.name,
-        threads=threads,
-        sampled=sampled,
-        operators=tuple(
-            _operator(name, found, cluster.clock.under(threads, cluster.count))
-            for name, found in zip(names, result["operators"], strict=True)
-        ),
+        results = [json.loads(line) for line in (scratch / "result").read_text().splitlines()]
+    names = _operator_names(done.stdout.decode(errors="replace"))
+    clock = cluster.clock.under(threads, cluster.count)
+    found = {}
+    for (method, operators), result in zip(names.items(), results, strict=True):
+        if len(operators) != len(result["operators"]):
+            raise DeviceError(
+                f"{what}: {len(result['operators'])} operators were timed, and {len(operators)} have a name"
+            )
+        rows = (_operator(*row, clock) for row in zip(operators, result["operators"], strict=True))
+        found[method] = Simulation(target.name, threads, mode != "--simulate", tuple(rows))
+    return found
+
+
+def _operator_names(printed: str) -> dict[str, list[str]]:
+    """The operators of each method, as the runner names them."""
+    names: dict[str, list[str]] = {}
+    for line in printed.splitlines():
+        if line.startswith("method "):
+            names[line.removeprefix("method ")] = operators = []
+        else:
+            operators.append(line)
+    return names
+
+
+def summary(simulation: Simulation) -> str:
+    """In words: what the time went to, how much was executed, how much of it stands for the rest."""
+    operators = simulation.operators
+    total = simulation.seconds
+    shares = {bound: sum(operator.bounds[bound] for operator in operators) / total for bound in operators[0].bounds}
+    where = ", ".join(f"{bound} {part:.0%}" for bound, part in shares.items() if part >= 0.005)
+    instructions = sum(sum(operator.instructions.values()) for operator in operators)
+    moved = Bytes(sum(operator.memory_bytes for operator in operators))
+    pieces, executed = (sum(getattr(operator, name) for operator in operators) for name in ("pieces", "executed"))
+    return (
+        f"{instructions / 1e6:,.1f} million instructions, {moved} between caches and memory; the time went to {where}; "
+        f"{executed:,} of {pieces:,} pieces of loops were executed and stand for the rest"
     )
 
 
@@ -68,7 +99,7 @@ def description(target: Target, threads: int) -> str:
     """The machine as `native/simulator/description.c` reads it; times in cycles of the cluster's clock."""
     assert target.memory is not None and target.threads is not None
     cluster, memory = target.cluster[0], target.memory
-    core, clock = load_core(cluster.model), cluster.clock.under(threads, cluster.count)
+    core, clock = cluster.model, cluster.clock.under(threads, cluster.count)
     pipeline = core.pipeline
     lines = [
         f"pipeline {pipeline.order} {pipeline.width} {pipeline.reorder_buffer} {pipeline.store_buffer} "
@@ -97,11 +128,9 @@ def _classes(core: Core) -> list[str]:
     lines = []
     for group in core.execution:
         for name, execution in group.classes.items():
-            slots = [f"{sum(bit[port] for port in ports)}:{cycles}" for ports, cycles in port_slots(core, name)]
+            slots = [f"{sum(bit[port] for port in ports)}:{cycles}" for ports, cycles in core.slots(name)]
             lines.append(
-                " ".join(
-                    ["class", name, f"{execution.latency} {execution.accumulate} {execution.micro_ops}", *slots]
-                )
+                " ".join(["class", name, f"{execution.latency} {execution.accumulate} {execution.micro_ops}", *slots])
             )
     return lines
 

@@ -79,7 +79,9 @@ def plugin() -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
-            raise MissingEnvironment(f"{cc} cannot build the simulator: {errors[0].strip()}", "it needs GCC 8 or Clang 9")
+            raise MissingEnvironment(
+                f"{cc} cannot build the simulator: {errors[0].strip()}", "it needs GCC 8 or Clang 9"
+            )
 
     return publish(cache.root() / "arm" / f"simulator-{key[:16]}", make) / "simulator.so"
 

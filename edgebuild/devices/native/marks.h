@@ -6,8 +6,8 @@ enum { MARK_SYSTEM_CALL = 167 /* prctl on AArch64 */, MARK_MAGIC = 0x45424400 };
 
 enum {
     MARK_FOLLOW = 1, /* the model is loaded: count from here on */
-    MARK_BEGIN,      /* an inference begins */
-    MARK_END,        /* it ended */
+    MARK_BEGIN,      /* (cold) an inference begins, with empty caches where it is cold */
+    MARK_END,        /* (counts) it ended, and is written down where it counts */
     MARK_OPERATOR,   /* an operator ended */
     MARK_FORK,       /* (cores) a parallel loop begins */
     MARK_CALL,       /* (core, weight, kind) the core begins a piece of it; weight is in tiles */

@@ -1,7 +1,8 @@
 // Runs a .pte and answers over its standard input and output: `runner MODEL.pte THREADS`. Without a host,
 // `runner --time MODEL.pte THREADS RUNS` times runs on made-up inputs and prints a line: "latency_ns MEDIAN P95 MIN RUNS".
-// For the simulator, `runner --simulate MODEL.pte THREADS` runs two inferences, and `--sample` the essential parts of two;
-// they print the names of the operators of the second, one a line.
+// For the simulator, `runner --simulate MODEL.pte THREADS` runs two inferences of each method, `--sample` the essential
+// parts of two, `--sample-cold` the same with empty caches before the second; they print "method NAME", and the names of
+// the operators of the second, one a line.
 //
 // Protocol (integers little-endian; the guest is the one that runs this program):
 //   guest, once the model is loaded:  u32 MIDR of the first core as cpuinfo read it
@@ -25,7 +26,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
-#include <memory>
+#include <set>
 #include <string>
 #include <unistd.h>
 #include <utility>
@@ -210,9 +211,18 @@ struct Model {
     std::vector<executorch::runtime::TensorInfo> inputs;
     size_t kept = 0;  // heap that the model holds now
 
-    explicit Model(const char *path, std::unique_ptr<executorch::runtime::EventTracer> tracer = nullptr)
-        : module(path, Module::LoadMode::File, std::move(tracer)) {}
+    explicit Model(const char *path) : module(path) {}
 };
+
+std::vector<executorch::runtime::TensorInfo> tensors_of(const executorch::runtime::MethodMeta &meta) {
+    std::vector<executorch::runtime::TensorInfo> tensors;
+    for (size_t i = 0; i < meta.num_inputs(); ++i) {
+        const auto info = meta.input_tensor_meta(i);
+        if (!info.ok()) fail("input %zu of the model is not a tensor", i);
+        tensors.push_back(*info);
+    }
+    return tensors;
+}
 
 struct Loading {
     size_t peak, kept;
@@ -230,12 +240,7 @@ Loading load(Model &model, const char *path) {
 
     const auto meta = model.module.method_meta("forward");
     require(meta.error(), "the method `forward` cannot be described");
-    for (size_t i = 0; i < meta->num_inputs(); ++i) {
-        const auto info = meta->input_tensor_meta(i);
-        if (!info.ok()) fail("input %zu of the model is not a tensor", i);
-        model.inputs.push_back(*info);
-    }
-
+    model.inputs = tensors_of(*meta);
     return {peak, model.kept};
 }
 
@@ -309,9 +314,9 @@ void answer(Model &model, uint32_t count) {
 
 // Floats lie between -1 and 1 and are always the same; everything else is 0. Floats that are 0 would not do: an emulator
 // takes longer for exact results, which it must tell from rounded ones.
-Inputs made_up_inputs(const Model &model) {
+Inputs made_up_inputs(const std::vector<executorch::runtime::TensorInfo> &wanted) {
     Inputs inputs;
-    for (const auto &info : model.inputs) {
+    for (const auto &info : wanted) {
         std::vector<SizesType> sizes(info.sizes().begin(), info.sizes().end());
         const std::vector<uint8_t> order(info.dim_order().begin(), info.dim_order().end());
         std::vector<uint8_t> data(info.nbytes());
@@ -328,7 +333,7 @@ Inputs made_up_inputs(const Model &model) {
 }
 
 void time_by_hand(Model &model, uint32_t runs) {
-    auto nanoseconds = time_runs(model, made_up_inputs(model), WARM_UPS, runs);
+    auto nanoseconds = time_runs(model, made_up_inputs(model.inputs), WARM_UPS, runs);
     std::sort(nanoseconds.begin(), nanoseconds.end());
     const size_t half = runs / 2;
     const uint64_t median = runs % 2 ? nanoseconds[half] : (nanoseconds[half - 1] + nanoseconds[half]) / 2;
@@ -337,17 +342,29 @@ void time_by_hand(Model &model, uint32_t runs) {
             static_cast<unsigned long long>(p95), static_cast<unsigned long long>(nanoseconds[0]), runs);
 }
 
-// The second of two inferences counts: the first one fills the caches and lets the runtime set itself up.
-void simulate(Model &model) {
-    const Inputs inputs = made_up_inputs(model);
+// Each method of the program is run twice, and the second time counts: the first one fills the caches and lets the runtime
+// set itself up. A cold run finds nothing in the caches.
+void simulate(const char *path, bool cold) {
+    Module module(path, Module::LoadMode::File, simulation::tracer());
+    require(module.load(), "the program cannot be loaded");
+    const auto methods = module.method_names();
+    require(methods.error(), "the program's methods cannot be named");
     simulation::follow();
-    for (int inference = 0; inference < 2; ++inference) {
-        simulation::begin();
-        const auto outputs = model.module.execute("forward", inputs.values);
-        simulation::end();
-        require(outputs.error(), "the inference failed");
+    for (const std::string &method : std::set<std::string>(methods->begin(), methods->end())) {
+        require(module.load_method(method), "a method cannot be loaded");
+        const auto meta = module.method_meta(method);
+        require(meta.error(), "a method cannot be described");
+        const Inputs inputs = made_up_inputs(tensors_of(*meta));
+        for (const bool counts : {false, true}) {
+            simulation::begin(counts && cold);
+            const auto outputs = module.execute(method, inputs.values);
+            simulation::end(counts);
+            require(outputs.error(), "the inference failed");
+        }
+        dprintf(answers, "method %s\n", method.c_str());
+        for (const std::string &name : simulation::operators()) dprintf(answers, "%s\n", name.c_str());
+        module.unload_method(method);
     }
-    for (const std::string &name : simulation::operators()) dprintf(answers, "%s\n", name.c_str());
 }
 
 int positive(const char *text, const char *what) {
@@ -360,7 +377,8 @@ int positive(const char *text, const char *what) {
 
 int main(int argc, char **argv) {
     const std::string mode = argc > 3 ? argv[1] : "";
-    const bool by_hand = mode == "--time", sampled = mode == "--sample", simulated = sampled || mode == "--simulate";
+    const bool by_hand = mode == "--time", sampled = mode == "--sample" || mode == "--sample-cold";
+    const bool simulated = sampled || mode == "--simulate";
     if (argc != 3 + (simulated ? 1 : by_hand ? 2 : 0)) fail("usage: see the head of runner.cpp");
     const char *path = argv[mode.empty() ? 1 : 2];
     const int threads = positive(argv[mode.empty() ? 2 : 3], "threads");
@@ -372,17 +390,19 @@ int main(int argc, char **argv) {
     if (pool == nullptr || !pool->_unsafe_reset_threadpool(simulated ? 1 : static_cast<uint32_t>(threads))) {
         fail("%d threads cannot be started", threads);
     }
-    if (simulated) simulation::start(static_cast<unsigned>(threads), sampled);
-    Model model(path, simulated ? simulation::tracer() : nullptr);
-    const Loading heap = load(model, path);
     if (simulated) {
-        simulate(model);
-    } else if (by_hand) {
-        time_by_hand(model, static_cast<uint32_t>(runs));
-    } else {
-        greet(heap);
-        uint32_t count;
-        while (read_exactly(&count, sizeof count, true)) answer(model, count);
+        simulation::start(static_cast<unsigned>(threads), sampled);
+        simulate(path, mode == "--sample-cold");
+        return 0;
     }
+    Model model(path);
+    const Loading heap = load(model, path);
+    if (by_hand) {
+        time_by_hand(model, static_cast<uint32_t>(runs));
+        return 0;
+    }
+    greet(heap);
+    uint32_t count;
+    while (read_exactly(&count, sizeof count, true)) answer(model, count);
     return 0;
 }

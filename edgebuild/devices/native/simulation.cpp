@@ -115,15 +115,15 @@ void start(unsigned threads, bool sampled) {
 
 void follow() { mark(MARK_FOLLOW); }
 
-void begin() {
+void begin(bool cold) {
     names.clear();
     delegate_runs = false;
     inferring = true;
-    mark(MARK_BEGIN);
+    mark(MARK_BEGIN, cold);
 }
 
-void end() {
-    mark(MARK_END);
+void end(bool counts) {
+    mark(MARK_END, counts);
     inferring = false;
     names.emplace_back("end of the inference");
 }

@@ -19,9 +19,10 @@ void start(unsigned threads, bool sampled);
 // The simulator takes no notice of anything before this, such as loading the model.
 void follow();
 
-// An inference begins and ends. In between, operators are marked and their names kept.
-void begin();
-void end();
+// An inference begins, with empty caches where it is `cold`, and ends; what it took is written down where it `counts`. In
+// between, operators are marked and their names kept.
+void begin(bool cold);
+void end(bool counts);
 
 // Tells the operators of an inference apart; given to the Module that is simulated.
 std::unique_ptr<executorch::runtime::EventTracer> tracer();

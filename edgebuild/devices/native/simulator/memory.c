@@ -74,13 +74,17 @@ struct cache {
     struct line *lines;
 };
 
+static void cache_empty(struct cache *cache) {
+    for (uint64_t i = 0; i < cache->sets * cache->ways; i++) cache->lines[i].number = NO_LINE;
+}
+
 static void cache_create(struct cache *cache, const struct level *level) {
     cache->ways = level->ways;
     cache->sets = level->bytes / LINE / level->ways;
     cache->random = level->random;
     cache->tick = 0;
     cache->lines = calloc(cache->sets * cache->ways, sizeof *cache->lines);
-    for (uint64_t i = 0; i < cache->sets * cache->ways; i++) cache->lines[i].number = NO_LINE;
+    cache_empty(cache);
 }
 
 static struct line *cache_set(const struct cache *cache, uint64_t number) {
@@ -203,6 +207,12 @@ void memory_destroy(struct memory *memory) {
     }
     free(memory->pages);
     free(memory);
+}
+
+void memory_empty(struct memory *memory) {
+    for (unsigned i = 0; i < memory->l2s; i++) cache_empty(&memory->l2[i]);
+    if (memory->d.l3.bytes) cache_empty(&memory->l3);
+    for (unsigned i = 0; i < memory->d.cores; i++) cache_empty(&memory->core[i].l1);
 }
 
 static struct page *page_slot(struct page *pages, uint64_t capacity, uint64_t key) {

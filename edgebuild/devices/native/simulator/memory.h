@@ -32,4 +32,7 @@ uint64_t memory_store(struct memory *memory, unsigned core, uint64_t now, uint64
 // Brings a line into the levels below L1, as if a core had used it a while ago, without taking time.
 void memory_touch(struct memory *memory, unsigned core, uint64_t line, bool write);
 
+// Empties all caches.
+void memory_empty(struct memory *memory);
+
 const struct traffic *memory_traffic(const struct memory *memory, unsigned core);

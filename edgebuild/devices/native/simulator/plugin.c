@@ -220,15 +220,16 @@ static void write_tally(FILE *file, const struct tally *t) {
     fprintf(file, "}");
 }
 
+// A line of JSON for each inference that counts.
 static void write_results(void) {
-    FILE *file = fopen(output_path, "w");
+    FILE *file = fopen(output_path, "a");
     if (file == NULL) {
         fprintf(stderr, "edgebuild simulator: %s cannot be written\n", output_path);
         exit(2);
     }
     fprintf(file, "{\"unlike\": %u, \"operators\": [", unlike);
     for (unsigned i = 0; i <= operator_count; i++) {
-        if (i) fprintf(file, ",\n");
+        if (i) fprintf(file, ", ");
         write_tally(file, &operators[i]);
     }
     fprintf(file, "]}\n");
@@ -356,12 +357,15 @@ static void on_system_call(qemu_plugin_id_t id, unsigned vcpu, int64_t number, u
     const unsigned core = a < description.cores ? (unsigned)a : 0;
     switch (mark & 0xFF) {
         case MARK_FOLLOW: qemu_plugin_reset(id, follow); break;  // loading is over: from here on each block counts
-        case MARK_BEGIN: begin(); break;
+        case MARK_BEGIN:
+            if (a) memory_empty(memory);
+            begin();
+            break;
         case MARK_END:
             if (!running) break;
             account_serial();
             running = false;
-            write_results();
+            if (a) write_results();
             break;
         case MARK_OPERATOR:
             if (!running) break;
@@ -383,7 +387,7 @@ static void on_system_call(qemu_plugin_id_t id, unsigned vcpu, int64_t number, u
     }
 }
 
-// Arguments: `machine=FILE`, the description, and `out=FILE`, where the results of the latest inference go.
+// Arguments: `machine=FILE`, the description, and `out=FILE`, where the results go.
 __attribute__((visibility("default"))) int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc,
                                                                char **argv) {
     (void)info;
