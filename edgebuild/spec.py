@@ -681,29 +681,12 @@ def _factor(
 Method = Literal["measured", "simulated", "estimated", "counted"]
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A figure and how it was come by.
-
-    `quantity` is a BudgetKind (or `latency_min` and the like); `error` is the relative half-width of its error band, 0
-    where the figure is exact or measured. `runs` counts repetitions, `detail` says the rest.
-    """
-
-    target: str
-    quantity: str
-    value: float
-    method: Method
-    error: float = 0.0
-    runs: int = 1
-    detail: str = ""
-
-
 Bound = Literal["issue", "latency", "cache", "memory", "threads"]
 
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """An operator of an inference on a simulated machine.
+    """An operator of an inference on a simulated machine. `layer`: the model's layer that it computes, "" if none.
 
     `bounds` splits the seconds by what was waited for: a free issue port, an operand that is being computed, data from
     a cache below L1 or from memory, the other threads. `instructions` counts those executed by class
@@ -722,6 +705,26 @@ class OperatorTime:
     memory_bytes: int
     pieces: int
     executed: int
+    layer: str = ""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A figure and how it was come by.
+
+    `quantity` is a BudgetKind (or `latency_min` and the like); `error` is the relative half-width of its error band, 0
+    where the figure is exact or measured. `runs` counts repetitions, `detail` says the rest. `operators` is what a
+    simulated latency consists of.
+    """
+
+    target: str
+    quantity: str
+    value: float
+    method: Method
+    error: float = 0.0
+    runs: int = 1
+    detail: str = ""
+    operators: tuple[OperatorTime, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgebuild.devices import machine, roofline, simulator, toolchain
 from edgebuild.devices.device import Arrays
 from edgebuild.devices.guest import Guest, start
+from edgebuild.devices.operators import attributed
 from edgebuild.errors import DeviceError, MissingEnvironment
 from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
 
@@ -59,16 +60,25 @@ def measure(
 ) -> tuple[Measurement, ...]:
     """Latency and throughput, simulated; peak memory of loading and one inference on `inputs[0]`.
 
-    `layers` are not needed. The latency's error is the target's own, from what was published or measured of it.
+    `layers` name the operators of the latency. Its error is the target's own, by what is known of its real figures.
     """
     with load(artifact, target, threads) as guest:
         guest.run(inputs[0])
-    found = [Measurement(target.name, "peak_memory", float(guest.peak), "simulated", detail=guest.memory)]
+    memory = Measurement(target.name, "peak_memory", float(guest.peak), "simulated", detail=guest.memory)
     timed = simulator.simulate(artifact, target, threads)
-    how = simulator.summary(timed)
-    for quantity, value in (("latency", timed.seconds), ("throughput", 1 / timed.seconds)):
-        found.append(Measurement(target.name, quantity, value, "simulated", target.latency_error, detail=how))
-    return tuple(found)
+    latency = Measurement(
+        target.name,
+        "latency",
+        timed.seconds,
+        "simulated",
+        target.latency_error,
+        detail=simulator.summary(timed),
+        operators=attributed(timed.operators, [layer for layer, _ in layers]),
+    )
+    throughput = Measurement(
+        target.name, "throughput", 1 / timed.seconds, "simulated", target.latency_error, detail="1 / latency"
+    )
+    return (latency, throughput, memory)
 
 
 def layer_latency(layer: LayerFacts, precision: Precision, target: Target, threads: int) -> float:

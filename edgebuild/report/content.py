@@ -187,11 +187,58 @@ def _done(report: Json) -> Section:
         total = ("all layers", "", "", "", *(change(_sums(layers, key)) for key in ("parameters", "macs")), "")
         short = (*short, total)
         full = (*full, (*total, *(figure("latency", _total(layers, target)) for target in targets)))
-    tables = (
+    tables: tuple[Table, ...] = (
         Table(f"Layers that changed: {len(changed)} of {len(layers)}", columns, short),
         Table("All layers", (*columns, *(f"Predicted on {target}" for target in targets)), full, detail=True),
     )
-    return Section("What was done?", _plan_in_words(plan), tables)
+    return Section("What was done?", _plan_in_words(plan), (*tables, *_where_the_time_goes(report)))
+
+
+_TIME = ("Layer", "Operators", "Time", "Share", "Waiting for", "Million instructions", "Lines not in L2", "Memory")
+_LONGEST = 8  # rows of the short table
+
+
+def _where_the_time_goes(report: Json) -> tuple[Table, ...]:
+    """For each simulated latency, what each layer takes of it: the longest ones, and all."""
+    tables = []
+    for item in report["measurements"]:
+        if not item["operators"]:
+            continue
+        layers: dict[str, list[Json]] = {}
+        for operator in item["operators"]:
+            layers.setdefault(operator["layer"] or f"({operator['name'].partition(' #')[0]})", []).append(operator)
+        rows = [_time(name, operators, item["value"]) for name, operators in layers.items()]
+        longest = sorted(rows, key=lambda row: -row[0])[:_LONGEST]
+        title = f"Where the time goes on {item['target']}"
+        short = Table(f"{title}: the longest {len(longest)} of {len(rows)}", _TIME, tuple(row[1] for row in longest))
+        tables += [short, Table(title, _TIME, tuple(row[1] for row in rows), detail=True)]
+    return tuple(tables)
+
+
+def _time(name: str, operators: Sequence[Json], whole: float | None) -> tuple[float, tuple[str, ...]]:
+    """Seconds of a layer's operators, and their row."""
+    seconds = sum(operator["seconds"] or 0.0 for operator in operators)
+    bounds: dict[str, float] = {}
+    for operator in operators:
+        for bound_by, part in operator["bounds"].items():
+            bounds[bound_by] = bounds.get(bound_by, 0.0) + (part or 0.0)
+    waits = ", ".join(
+        f"{bound_by} {part / seconds:.0%}"
+        for bound_by, part in sorted(bounds.items(), key=lambda pair: -pair[1])
+        if seconds and part / seconds >= 0.05
+    )
+    kinds = dict.fromkeys(operator["name"].partition(" #")[0] for operator in operators)
+    row = (
+        name,
+        ", ".join(kinds),
+        figure("latency", seconds),
+        share(seconds / whole) if whole else NONE,
+        waits,
+        f"{sum(sum(operator['instructions'].values()) for operator in operators) / 1e6:.3g}",
+        f"{sum(operator['l2_misses'] for operator in operators):,}",
+        figure("size", sum(operator["memory_bytes"] for operator in operators)),
+    )
+    return seconds, row
 
 
 def _plan_in_words(plan: Json) -> tuple[str, ...]:
