@@ -3,7 +3,7 @@
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -137,7 +137,7 @@ def load_profile(name: str) -> Profile:
     table = _read(path)
     budgets = _budgets(table.pop("budgets", {}), path)
     profile: Profile = replace(_decode({**table, "budgets": []}, Profile, path), budgets=budgets)
-    for target in (load_target(name) for name in profile.targets):
+    for target in _targets(profile, path):
         if profile.artifact == "torchscript" and target.device != "host":
             raise SpecError(
                 f"{path}: a TorchScript artifact cannot be run on target {target.name!r}",
@@ -150,6 +150,27 @@ def load_profile(name: str) -> Profile:
                 f"{cores.cluster[0].count} cores of its {cores.cluster[0].name!r} cluster"
             )
     return profile
+
+
+def targets_of(profile: Profile) -> tuple[Target, ...]:
+    """A profile's targets, the gating one first, each with the cluster in front that the profile runs on."""
+    return tuple(_targets(profile, Path(profile.name)))
+
+
+def _targets(profile: Profile, path: Path) -> Iterator[Target]:
+    for target in map(load_target, profile.targets):
+        simulated = target.costs_of or target
+        if not profile.cluster or not simulated.cluster:
+            yield target
+            continue
+        names = [cluster.name for cluster in simulated.cluster]
+        if profile.cluster not in names:
+            raise SpecError(
+                f"{path}: {simulated.name!r} has no cluster {profile.cluster!r}", _did_you_mean(profile.cluster, names)
+            )
+        ordered = sorted(simulated.cluster, key=lambda cluster: cluster.name != profile.cluster)
+        chosen = replace(simulated, cluster=tuple(ordered))
+        yield chosen if simulated is target else replace(target, costs_of=chosen)
 
 
 def load_plan(where: str) -> Plan:

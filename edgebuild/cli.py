@@ -129,7 +129,7 @@ def build(
     name = Path(task.partition(":")[2] or task).resolve().stem
     folder = output or Path("build") / f"{name if name != 'task' else Path(task).resolve().parent.name}-{chosen.name}"
     bundle.check_writable(folder)
-    targets = [catalog.load_target(target) for target in chosen.targets]
+    targets = catalog.targets_of(chosen)
     depends = cache.key(
         repr(chosen),
         repr(targets),

@@ -139,7 +139,7 @@ def _prepared(request: Request, clock: Clock) -> tuple[Loaded, Profile, tuple[Ta
 def load_profile(name: str) -> tuple[Profile, tuple[Target, ...]]:
     """A profile and its targets, the gating one first."""
     profile = catalog.load_profile(name)
-    return profile, tuple(catalog.load_target(target) for target in profile.targets)
+    return profile, catalog.targets_of(profile)
 
 
 def _usable(profile: Profile, loaded: Loaded, model: fx.GraphModule) -> tuple[Profile, tuple[Finding, ...]]:

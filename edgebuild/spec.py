@@ -334,7 +334,8 @@ class Distillation:
 class Profile:
     """A target plus the budgets and the artifact kind; one TOML in `profiles/`.
 
-    `also_on` lists further targets on which the budgets must hold as well. `time` bounds the whole build.
+    `also_on` lists further targets on which the budgets must hold as well. `threads` run on the cores of `cluster`, ""
+    for the ones that a target lists first. `time` bounds the whole build.
     """
 
     name: str
@@ -344,6 +345,7 @@ class Profile:
     budgets: tuple[Budget, ...]
     also_on: tuple[str, ...] = ()
     threads: int = 1
+    cluster: str = ""
     techniques: tuple[Technique, ...] = TECHNIQUES
     rounds: int = 4
     time: Seconds = Seconds(1800.0)

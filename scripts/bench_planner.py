@@ -156,7 +156,7 @@ def _model(name: str, loaded: Loaded) -> Iterator[dict[str, Any]]:
 
 def _begin(name: str, loaded: Loaded, profile: Profile, clock: Clock) -> tuple[Base, Original, Planner, Attempt]:
     """Analyse, measure the original and its int8 artifact, correct the planner by both."""
-    targets = (catalog.load_target(profile.target),)
+    targets = catalog.targets_of(profile)[:1]
     costs.warm_up(targets, profile.threads)
     model = lift(loaded.task.model, loaded.task.example_inputs)
     with clock.stage("analyse", f"analysing {name}"):

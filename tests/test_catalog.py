@@ -142,6 +142,25 @@ def test_a_model_that_is_not_there_is_named(a_core):
         catalog.load_core("cor")
 
 
+def test_a_profile_chooses_the_cluster_that_runs_the_model(tmp_path):
+    path = tmp_path / "p.toml"
+    text = GOOD.replace('"host"', '"pixel-7"').replace("[budgets]", 'cluster = "little"\n[budgets]')
+    path.write_text(text)
+    (target,) = catalog.targets_of(catalog.load_profile(str(path)))
+    assert [cluster.name for cluster in target.cluster][0] == "little" and len(target.cluster) == 3
+    path.write_text(text.replace("little", "litle"))
+    with pytest.raises(SpecError, match=r"'pixel-7' has no cluster 'litle' \(perhaps you meant 'little'\)"):
+        catalog.load_profile(str(path))
+
+
+def test_a_core_may_lie_beside_its_target(tmp_path):
+    core = (catalog.folder("targets") / "cores" / "cortex-a72.toml").read_text()
+    (tmp_path / "mine.toml").write_text(core.replace('name = "cortex-a72"', 'name = "mine"'))
+    target = (catalog.folder("targets") / "raspberry-pi-4.toml").read_text()
+    (tmp_path / "board.toml").write_text(target.replace('model = "cortex-a72"', 'model = "mine.toml"'))
+    assert catalog.load_target(str(tmp_path / "board.toml")).cluster[0].model.name == "mine"
+
+
 def test_port_slots_are_alternatives_with_cycles(a_core):
     a_core('ports = "L + S"', 'ports = "F0/F1 x3 + L + I0/I1/M x2"')
     slots = catalog.load_core("core").slots("atomic")
