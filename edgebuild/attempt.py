@@ -180,9 +180,9 @@ def _verdicts(
 
 def _estimates(measurements: Sequence[Measurement]) -> list[Finding]:
     return [
-        Finding("estimated", m.target, f"{m.quantity} is an estimate (+-{m.error:.0%}), not a measurement: {m.detail}")
+        Finding("estimated", m.target, f"the latency is {m.method} (+-{m.error:.0%}), not measured: {m.detail}")
         for m in measurements
-        if m.method == "estimated" and m.quantity == "latency"
+        if m.method in ("estimated", "simulated") and m.quantity == "latency"
     ]
 
 

@@ -207,7 +207,8 @@ def verdict(budget: Budget, target: str, predicted: float | None, found: Measure
     held = [budget.holds(edge) for edge in band]
     status: Status = "pass" if all(held) else "inconclusive" if any(held) else "fail"
     if status == "inconclusive":
-        note = f"the bound lies inside the error band of an estimate (+-{found.error:.0%}) {note}".strip()
+        inside = f"the bound lies inside the error band (+-{found.error:.0%}) of a figure that was not measured"
+        note = f"{inside} {note}".strip()
     return Verdict(
         budget.kind,
         target,

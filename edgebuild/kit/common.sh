@@ -87,7 +87,7 @@ measure() {
     {
         printf 'device = "%s / %s"\n' "$(ask 'uname -srm')" "$1"
         printf 'runtime = "%s"\n' "$(cat "$kit/runtime")"
-        printf '# CPU governor: %s; cores: %s; inputs: zeros\n' "${governor:-unknown}" "${cores:-unknown}"
+        printf '# CPU governor: %s; cores: %s; inputs: made up\n' "${governor:-unknown}" "${cores:-unknown}"
     } >"$scratch/measured.toml"
     failed=''
     for path in "$kit"/models/*.pte; do
