@@ -7,9 +7,13 @@ is the runner's half. This module writes the machine down for the plugin, starts
 import json
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from edgebuild import cache
 from edgebuild.devices import machine, toolchain
 from edgebuild.errors import DeviceError
 from edgebuild.spec import Core, OperatorTime, SharedCache, Simulation, Target
@@ -22,11 +26,26 @@ TIMEOUT = 900.0  # seconds
 def simulate(artifact: Path, target: Target, threads: int, sampled: bool = True) -> Simulation:
     """Time one inference of a `.pte` on `threads` cores of the target's first cluster.
 
-    With `sampled`, the middle of long loops is left out and put in by what was seen around it. Raises
-    MissingEnvironment, and DeviceError where the process fails.
+    With `sampled`, the middle of long loops is left out and put in by what was seen around it. A result is kept in the
+    cache: the same artifact on the same machine takes the same time. Raises MissingEnvironment, and DeviceError where
+    the process fails.
     """
-    (found,) = simulate_methods(artifact, target, threads, "--sample" if sampled else "--simulate").values()
+    mode = "--sample" if sampled else "--simulate"
+    key = cache.key(Path(artifact).read_bytes(), *machine_key(target, threads), mode)
+    name = f"simulation-{key[:32]}.json"
+    with suppress(msgspec.MsgspecError):  # a damaged file is written anew
+        if known := cache.read("arm", name):
+            return msgspec.json.decode(known, type=Simulation)
+    (found,) = simulate_methods(artifact, target, threads, mode).values()
+    cache.write("arm", name, msgspec.json.encode(found))
     return found
+
+
+def machine_key(target: Target, threads: int) -> tuple[str, ...]:
+    """What a simulated time depends on beside the artifact: the machine, and the code that simulates it."""
+    cluster = target.cluster[0]
+    code = str(toolchain.plugin().parent.name), str(toolchain.runner().parent.name), toolchain.version_of_qemu()
+    return target.name, description(target, threads), cluster.qemu_cpu, machine.folder(cluster).name, *code
 
 
 def simulate_methods(artifact: Path, target: Target, threads: int, mode: str) -> dict[str, Simulation]:

@@ -45,6 +45,11 @@ def qemu() -> Path:
     return _program("EDGEBUILD_QEMU", "qemu-aarch64")
 
 
+def version_of_qemu() -> str:
+    """What the emulator says of itself. Raises MissingEnvironment."""
+    return _first_line([str(qemu()), "--version"])
+
+
 def compiler() -> Path:
     """The C++ compiler for Arm: $EDGEBUILD_CXX, else `aarch64-linux-gnu-g++`. Raises MissingEnvironment."""
     return _program("EDGEBUILD_CXX", "aarch64-linux-gnu-g++")
