@@ -27,27 +27,29 @@ static void channel_destroy(struct channel *channel) {
     free(channel->stamp);
 }
 
+static double *used_of(struct channel *channel, uint64_t window) {
+    const unsigned slot = window % WINDOWS;
+    if (channel->stamp[slot] != window) {
+        channel->stamp[slot] = window;
+        channel->used[slot] = 0;
+    }
+    return &channel->used[slot];
+}
+
 // The cycle in which a request of cycle `now` is served.
 static uint64_t channel_take(struct channel *channel, uint64_t now) {
     if (channel->interval == 0) return now;
     for (uint64_t window = now / WINDOW;; window++) {
-        const unsigned slot = window % WINDOWS;
-        if (channel->stamp[slot] != window) {
-            channel->stamp[slot] = window;
-            channel->used[slot] = 0;
-        }
-        // A window may be overdrawn by less than one interval; the next one pays for it.
-        if (channel->used[slot] >= WINDOW) continue;
-        const uint64_t start = window * WINDOW + (uint64_t)channel->used[slot];
-        channel->used[slot] += channel->interval;
-        if (channel->used[slot] > WINDOW) {
-            const double over = channel->used[slot] - WINDOW;
-            const unsigned next = (window + 1) % WINDOWS;
-            if (channel->stamp[next] != window + 1) {
-                channel->stamp[next] = window + 1;
-                channel->used[next] = 0;
-            }
-            channel->used[next] += over;
+        double *used = used_of(channel, window);
+        if (*used >= WINDOW) continue;
+        const uint64_t start = window * WINDOW + (uint64_t)*used;
+        *used += channel->interval;
+        // What does not fit into this window is paid by the next one that has room, or by several.
+        while (*used > WINDOW) {
+            const double over = *used - WINDOW;
+            *used = WINDOW;
+            used = used_of(channel, ++window);
+            *used += over;
         }
         return start > now ? start : now;
     }
