@@ -106,9 +106,9 @@ static struct line *cache_find(struct cache *cache, uint64_t number) {
 // The line that makes room in the set of `number`.
 static struct line *cache_victim(struct cache *cache, uint64_t number) {
     struct line *set = cache_set(cache, number);
+    for (unsigned way = 0; way < cache->ways; way++)
+        if (set[way].number == NO_LINE) return &set[way];
     if (cache->random) {
-        for (unsigned way = 0; way < cache->ways; way++)
-            if (set[way].number == NO_LINE) return &set[way];
         // A counter that runs with the misses, as cores have it; hashed, so that sets do not walk in step.
         const uint64_t hash = ++cache->tick * 0x9E3779B97F4A7C15u;
         return &set[(hash >> 40) % cache->ways];
