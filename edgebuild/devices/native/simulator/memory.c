@@ -376,11 +376,13 @@ static struct line *fill(struct memory *memory, unsigned core, uint64_t number, 
     return line;
 }
 
-// The next line that a stream asks for to stay `distance` lines ahead of a line; false where it is so far already.
+// The next line that a stream asks for to stay `distance` lines ahead of a line; false where it is so far already, or at
+// the first line of all.
 static bool ahead(uint64_t *head, uint64_t number, int64_t direction, unsigned distance, bool within_page,
                   uint64_t *next) {
     if ((int64_t)(*head - number) * direction < 0) *head = number;
     if ((int64_t)(*head - number) * direction >= (int64_t)distance) return false;
+    if (*head == 0 && direction < 0) return false;
     *next = *head + (uint64_t)direction;
     if (within_page && *next / PAGE_LINES != number / PAGE_LINES) return false;
     *head = *next;
