@@ -25,6 +25,7 @@ struct core {
 
     uint64_t dispatch;         // in-order: the cycle of the last issue
     unsigned dispatched;       // of `width`, in that cycle
+    enum bound held;           // why the next instruction cannot come before that cycle
     uint64_t reorder[MAX_REORDER], in_flight;  // ring of commit times, and how many there have been
     uint64_t stores[MAX_STORES], stored;       // ring of the cycles in which stores leave the buffer
     uint8_t store_origin[MAX_STORES];
@@ -158,7 +159,8 @@ static void wait_for_store_buffer(struct core *core, struct progress *progress) 
 
 static struct progress dispatch(struct core *core, const struct instruction *in, unsigned micro_ops) {
     const struct description *d = core->d;
-    struct progress progress = {core->dispatch, BOUND_ISSUE};
+    struct progress progress = {core->dispatch, core->held};
+    core->held = BOUND_ISSUE;
     if (core->in_flight >= d->reorder_buffer)
         delay(&progress, core->reorder[(core->in_flight - d->reorder_buffer) % MAX_REORDER], BOUND_ISSUE);
     if (in->stores) wait_for_store_buffer(core, &progress);
@@ -191,7 +193,8 @@ static struct progress issue_in_order(struct core *core, const struct instructio
                                       const struct execution *execution, uint64_t operands, uint64_t base,
                                       unsigned repeats) {
     enum { STORE_DATA_LATE = 2 };  // a store reads what it writes so many cycles after it is issued
-    struct progress progress = {core->dispatch, BOUND_ISSUE};
+    struct progress progress = {core->dispatch, core->held};
+    core->held = BOUND_ISSUE;
     if (in->stores) {
         delay(&progress, base, BOUND_LATENCY);
         delay(&progress, operands > STORE_DATA_LATE ? operands - STORE_DATA_LATE : 0, BOUND_LATENCY);
@@ -287,6 +290,7 @@ void core_branch(struct core *core, const struct instruction *branch, uint64_t a
             core->counts.mispredictions++;
             const uint64_t again = (core->d->in_order ? core->issued : core->resolved) + core->d->mispredict;
             if (again > core->dispatch) {
+                core->held = BOUND_LATENCY;
                 core->dispatch = again;
                 core->dispatched = 0;
             }
