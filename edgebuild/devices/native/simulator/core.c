@@ -1,4 +1,5 @@
 #include "core.h"
+#include "allocate.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -38,7 +39,7 @@ struct core {
 };
 
 struct core *core_create(const struct description *description, struct memory *memory, unsigned number) {
-    struct core *core = calloc(1, sizeof *core);
+    struct core *core = allocated(calloc(1, sizeof *core));
     core->d = description;
     core->memory = memory;
     core->number = number;

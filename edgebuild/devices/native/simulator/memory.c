@@ -1,4 +1,5 @@
 #include "memory.h"
+#include "allocate.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -18,8 +19,8 @@ struct channel {
 
 static void channel_create(struct channel *channel, double interval) {
     channel->interval = interval;
-    channel->used = calloc(WINDOWS, sizeof *channel->used);
-    channel->stamp = calloc(WINDOWS, sizeof *channel->stamp);
+    channel->used = allocated(calloc(WINDOWS, sizeof *channel->used));
+    channel->stamp = allocated(calloc(WINDOWS, sizeof *channel->stamp));
 }
 
 static void channel_destroy(struct channel *channel) {
@@ -85,7 +86,7 @@ static void cache_create(struct cache *cache, const struct level *level) {
     cache->sets = level->bytes / LINE / level->ways;
     cache->random = level->random;
     cache->tick = 0;
-    cache->lines = calloc(cache->sets * cache->ways, sizeof *cache->lines);
+    cache->lines = allocated(calloc(cache->sets * cache->ways, sizeof *cache->lines));
     cache_empty(cache);
 }
 
@@ -167,7 +168,7 @@ struct memory {
 };
 
 struct memory *memory_create(const struct description *description) {
-    struct memory *memory = calloc(1, sizeof *memory);
+    struct memory *memory = allocated(calloc(1, sizeof *memory));
     const struct description *d = &memory->d;
     memory->d = *description;
     memory->l2s = d->l2.shared ? 1 : d->cores;
@@ -229,7 +230,7 @@ uint64_t memory_number(struct memory *memory, uint64_t address) {
     if (recent->key != key) {
         if (memory->page_count * 2 >= memory->page_capacity) {
             const uint64_t capacity = memory->page_capacity ? memory->page_capacity * 2 : 4096;
-            struct page *pages = malloc(capacity * sizeof *pages);
+            struct page *pages = allocated(malloc(capacity * sizeof *pages));
             for (uint64_t i = 0; i < capacity; i++) pages[i].key = NO_LINE;
             for (uint64_t i = 0; i < memory->page_capacity; i++)
                 if (memory->pages[i].key != NO_LINE) *page_slot(pages, capacity, memory->pages[i].key) = memory->pages[i];
