@@ -58,9 +58,9 @@ static uint64_t runs_of(const struct footprint *footprint, struct run **out) {
     struct run *runs = allocated(malloc((footprint->count + 1) * sizeof *runs));
     for (uint64_t i = 0; i < footprint->count; i++) {
         const uint64_t line = sorted[i] / 2;
-        const bool write = i + 1 < footprint->count && sorted[i + 1] / 2 == line ? true : sorted[i] % 2;
+        while (i + 1 < footprint->count && sorted[i + 1] / 2 == line) i++;
+        const bool write = sorted[i] % 2;  // of the same line, what is written comes last
         struct run *last = count ? &runs[count - 1] : NULL;
-        if (last != NULL && line < last->start + last->length) continue;
         if (last != NULL && line == last->start + last->length && last->write == write)
             last->length++;
         else
