@@ -300,7 +300,7 @@ void core_branch(struct core *core, const struct instruction *branch, uint64_t a
         if (!taken && *predictor > 0) --*predictor;
         core->history = core->history << 1 | taken;
     }
-    if (!taken) return;
+    if (!taken || core->held != BOUND_ISSUE) return;  // after a wrong guess fetching starts over anyway
     if (core->d->in_order) {
         core->dispatched = core->d->width;
     } else if (core->dispatched) {  // the group of instructions that were fetched together ends
