@@ -76,7 +76,8 @@ def simulate_methods(
             raise DeviceError(f"{what}: not done within {TIMEOUT:g} s") from None
         if done.returncode or not (scratch / "result").is_file():
             lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-            raise DeviceError(f"{what}: the simulator ended with exit code {done.returncode}: {lines[-1]}")
+            ours = [line for line in lines if line.startswith("edgebuild simulator: ")]  # qemu adds lines of its own
+            raise DeviceError(f"{what}: the simulator ended with exit code {done.returncode}: {[*lines, *ours][-1]}")
         results = [json.loads(line) for line in (scratch / "result").read_text().splitlines()]
     names = _operator_names(done.stdout.decode(errors="replace"))
     clock = cluster.clock.under(threads, cluster.count)

@@ -55,6 +55,11 @@ def compiler() -> Path:
     return _program("EDGEBUILD_CXX", "aarch64-linux-gnu-g++")
 
 
+def c_compiler() -> Path:
+    """The C compiler for this machine: $EDGEBUILD_CC, else `cc`. Raises MissingEnvironment."""
+    return _program("EDGEBUILD_CC", "cc", "apt-get install -y gcc")
+
+
 def sdk() -> Path:
     """A folder with the `include` and `lib` of ExecuTorch for Arm, fetched on first use. Raises MissingEnvironment."""
     return publish(_sdk_folder(), _fetch_sdk)
@@ -73,11 +78,8 @@ def runner() -> Path:
 
 def plugin() -> Path:
     """The simulator, a plugin of qemu (`native/simulator`), built on first use. Raises MissingEnvironment."""
-    cc = _program("EDGEBUILD_CC", "cc", "apt-get install -y gcc")
+    cc = c_compiler()
     sources = sorted((NATIVE / "simulator").glob("*.c"))
-    headers = [*sorted((NATIVE / "simulator").glob("*.h")), NATIVE / "marks.h"]
-    texts = [path.read_bytes() for path in (*sources, *headers)]
-    key = cache.key(*texts, *PLUGIN_FLAGS, _first_line([str(cc), "--version"]))
 
     def make(folder: Path) -> None:
         command = [str(cc), *PLUGIN_FLAGS, *map(str, sources), "-o", str(folder / "simulator.so")]
@@ -88,7 +90,7 @@ def plugin() -> Path:
                 f"{cc} cannot build the simulator: {errors[0].strip()}", "it needs GCC 8 or Clang 9"
             )
 
-    return publish(cache.root() / "arm" / f"simulator-{key[:16]}", make) / "simulator.so"
+    return publish(_plugin_folder(cc), make) / "simulator.so"
 
 
 def native_compiler() -> Path:
@@ -170,6 +172,14 @@ def status() -> list[tuple[str, bool, str]]:
         found.append(("Arm runner", folder.is_dir(), str(folder) if folder.is_dir() else "built on first use"))
     else:
         found.append(("Arm runner", False, "built on first use, once the others are there"))
+    try:
+        cc = c_compiler()
+        folder = _plugin_folder(cc)
+        found.append(("cc", True, _first_line([str(cc), "--version"]) or str(cc)))
+        found.append(("simulator", folder.is_dir(), str(folder) if folder.is_dir() else "built on first use"))
+    except MissingEnvironment as missing:
+        found.append(("cc", False, missing.remedy))
+        found.append(("simulator", False, "built on first use, once cc is there"))
     return found
 
 
@@ -222,6 +232,15 @@ def _sdk_folder() -> Path:
 
 def _runner_folder(cxx: Path) -> Path:
     return cache.root() / "arm" / f"runner-{_runner_key(cxx, _sdk_folder().name)}"
+
+
+def _plugin_folder(cc: Path) -> Path:
+    folder = NATIVE / "simulator"
+    texts = [
+        path.read_bytes() for path in (*sorted(folder.glob("*.c")), *sorted(folder.glob("*.h")), NATIVE / "marks.h")
+    ]
+    key = cache.key(*texts, *PLUGIN_FLAGS, _first_line([str(cc), "--version"]))
+    return cache.root() / "arm" / f"simulator-{key[:16]}"
 
 
 def _runner_key(cxx: Path, *more: str) -> str:

@@ -53,11 +53,15 @@ def test_a_missing_program_is_named_with_the_command_that_gets_it(monkeypatch, t
 
 def test_status_tells_what_is_missing_and_how_to_get_it(monkeypatch, empty_cache):
     monkeypatch.setenv("EDGEBUILD_QEMU", "/nowhere/qemu")
+    monkeypatch.setenv("EDGEBUILD_CC", "/nowhere/cc")
     found = {name: (present, detail) for name, present, detail in toolchain.status()}
-    assert list(found) == ["qemu-aarch64", "aarch64-linux-gnu-g++", "executorch for Arm", "Arm runner"]
+    programs = ["qemu-aarch64", "aarch64-linux-gnu-g++", "executorch for Arm", "Arm runner", "cc", "simulator"]
+    assert list(found) == programs
     assert found["qemu-aarch64"] == (False, toolchain.INSTALL)
     assert found["executorch for Arm"][0] is False and "pip download" in found["executorch for Arm"][1]
     assert found["Arm runner"][0] is False
+    assert found["cc"] == (False, "apt-get install -y gcc")
+    assert found["simulator"] == (False, "built on first use, once cc is there")
     assert not empty_cache.exists(), "asking must not fetch anything"
 
 

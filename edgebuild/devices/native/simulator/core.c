@@ -1,4 +1,5 @@
 #include "core.h"
+#include "allocate.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -25,6 +26,7 @@ struct core {
 
     uint64_t dispatch;         // in-order: the cycle of the last issue
     unsigned dispatched;       // of `width`, in that cycle
+    enum bound held;           // why the next instruction cannot come before that cycle
     uint64_t reorder[MAX_REORDER], in_flight;  // ring of commit times, and how many there have been
     uint64_t stores[MAX_STORES], stored;       // ring of the cycles in which stores leave the buffer
     uint8_t store_origin[MAX_STORES];
@@ -37,7 +39,7 @@ struct core {
 };
 
 struct core *core_create(const struct description *description, struct memory *memory, unsigned number) {
-    struct core *core = calloc(1, sizeof *core);
+    struct core *core = allocated(calloc(1, sizeof *core));
     core->d = description;
     core->memory = memory;
     core->number = number;
@@ -92,12 +94,19 @@ static uint64_t first_free(struct core *core, struct slot slot, uint64_t from, u
     return cycle;
 }
 
+// How often a multi-register access does what its class says: that stands for two 128-bit registers of a load, and for
+// one of a store.
+static unsigned repeats_of(const struct instruction *in) {
+    if (in->class == CLASS_LOAD_MULTIPLE) return (in->registers + 1u) / 2;
+    return in->class == CLASS_STORE_Q ? in->registers : 1;
+}
+
 // Out of order: each micro-operation goes where and when it can. Returns the cycle of the last.
 static uint64_t issue_any(struct core *core, const struct execution *execution, uint64_t from, unsigned repeats) {
     uint64_t last = from;
     for (unsigned i = 0; i < execution->slots; i++) {
         const struct slot slot = execution->slot[i];
-        for (unsigned n = i == 0 ? repeats : 1; n > 0; n--) {
+        for (unsigned n = 0; n < repeats; n++) {
             uint16_t port;
             const uint64_t cycle = first_free(core, slot, from, &port);
             take_port(core, cycle, port, slot.cycles);
@@ -107,20 +116,20 @@ static uint64_t issue_any(struct core *core, const struct execution *execution, 
     return last;
 }
 
-// In order: all micro-operations in the same cycle. Returns it.
-static uint64_t issue_together(struct core *core, const struct execution *execution, uint64_t from) {
+// In order: all micro-operations in the same cycle. Returns it. Repeats follow on the same ports.
+static uint64_t issue_together(struct core *core, const struct execution *execution, uint64_t from, unsigned repeats) {
     for (uint64_t cycle = from;; cycle++) {
         if (cycle == core->dispatch && core->dispatched >= core->d->width) continue;
         uint16_t taken = 0, port[MAX_SLOTS];
         unsigned found = 0;
         for (; found < execution->slots; found++) {
             const struct slot slot = execution->slot[found];
-            port[found] = free_port(core, cycle, slot.ports & (uint16_t)~taken, slot.cycles);
+            port[found] = free_port(core, cycle, slot.ports & (uint16_t)~taken, slot.cycles * repeats);
             if (port[found] == 0) break;
             taken |= port[found];
         }
         if (found < execution->slots) continue;
-        for (unsigned i = 0; i < found; i++) take_port(core, cycle, port[i], execution->slot[i].cycles);
+        for (unsigned i = 0; i < found; i++) take_port(core, cycle, port[i], execution->slot[i].cycles * repeats);
         return cycle;
     }
 }
@@ -151,7 +160,8 @@ static void wait_for_store_buffer(struct core *core, struct progress *progress) 
 
 static struct progress dispatch(struct core *core, const struct instruction *in, unsigned micro_ops) {
     const struct description *d = core->d;
-    struct progress progress = {core->dispatch, BOUND_ISSUE};
+    struct progress progress = {core->dispatch, core->held};
+    core->held = BOUND_ISSUE;
     if (core->in_flight >= d->reorder_buffer)
         delay(&progress, core->reorder[(core->in_flight - d->reorder_buffer) % MAX_REORDER], BOUND_ISSUE);
     if (in->stores) wait_for_store_buffer(core, &progress);
@@ -174,9 +184,7 @@ static struct progress dispatch(struct core *core, const struct instruction *in,
 static struct progress issue_out_of_order(struct core *core, const struct instruction *in,
                                           const struct execution *execution, uint64_t operands, uint64_t base,
                                           unsigned repeats) {
-    unsigned micro_ops = execution->micro_ops + in->writes_back;
-    if (in->class == CLASS_LOAD_MULTIPLE) micro_ops += repeats - 1;
-    struct progress progress = dispatch(core, in, micro_ops);
+    struct progress progress = dispatch(core, in, execution->micro_ops * repeats + in->writes_back);
     delay(&progress, in->stores ? base : operands, BOUND_LATENCY);  // what a store writes may come later
     delay(&progress, issue_any(core, execution, progress.cycle, repeats), BOUND_ISSUE);
     return progress;
@@ -186,7 +194,8 @@ static struct progress issue_in_order(struct core *core, const struct instructio
                                       const struct execution *execution, uint64_t operands, uint64_t base,
                                       unsigned repeats) {
     enum { STORE_DATA_LATE = 2 };  // a store reads what it writes so many cycles after it is issued
-    struct progress progress = {core->dispatch, BOUND_ISSUE};
+    struct progress progress = {core->dispatch, core->held};
+    core->held = BOUND_ISSUE;
     if (in->stores) {
         delay(&progress, base, BOUND_LATENCY);
         delay(&progress, operands > STORE_DATA_LATE ? operands - STORE_DATA_LATE : 0, BOUND_LATENCY);
@@ -194,7 +203,7 @@ static struct progress issue_in_order(struct core *core, const struct instructio
     } else {
         delay(&progress, operands, BOUND_LATENCY);
     }
-    delay(&progress, issue_together(core, execution, progress.cycle), BOUND_ISSUE);
+    delay(&progress, issue_together(core, execution, progress.cycle, repeats), BOUND_ISSUE);
     if (progress.cycle > core->dispatch) {
         core->dispatch = progress.cycle;
         core->dispatched = 0;
@@ -241,15 +250,14 @@ void core_execute(struct core *core, const struct instruction *in, uint64_t addr
     core->counts.macs += in->macs;
 
     const bool accesses = (in->loads || in->stores) && size > 0;
-    const bool multiple = in->class == CLASS_LOAD_MULTIPLE || in->class == CLASS_STORE_Q;
-    const unsigned repeats = multiple && in->registers > 1 ? in->registers : 1;
+    const unsigned repeats = repeats_of(in);
     const uint64_t operands = operands_ready(core, in, execution);
     const uint64_t base = in->sources ? core->ready[in->source[0]] : 0;
     const struct progress issued =
         (core->d->in_order ? issue_in_order : issue_out_of_order)(core, in, execution, operands, base, repeats);
 
     uint64_t done = issued.cycle + execution->latency;
-    if (in->class == CLASS_LOAD_MULTIPLE) done += repeats - 1;
+    if (in->loads && repeats > 1 && execution->slots) done += (repeats - 1) * execution->slot[0].cycles;
     const uint64_t hit = done;
     enum origin origin = FROM_L1;
     if (in->stores && accesses) {
@@ -283,6 +291,7 @@ void core_branch(struct core *core, const struct instruction *branch, uint64_t a
             core->counts.mispredictions++;
             const uint64_t again = (core->d->in_order ? core->issued : core->resolved) + core->d->mispredict;
             if (again > core->dispatch) {
+                core->held = BOUND_LATENCY;
                 core->dispatch = again;
                 core->dispatched = 0;
             }
@@ -291,7 +300,7 @@ void core_branch(struct core *core, const struct instruction *branch, uint64_t a
         if (!taken && *predictor > 0) --*predictor;
         core->history = core->history << 1 | taken;
     }
-    if (!taken) return;
+    if (!taken || core->held != BOUND_ISSUE) return;  // after a wrong guess fetching starts over anyway
     if (core->d->in_order) {
         core->dispatched = core->d->width;
     } else if (core->dispatched) {  // the group of instructions that were fetched together ends

@@ -78,6 +78,17 @@ static bool number_slots(struct description *d) {
     return true;
 }
 
+// An in-order core issues all micro-operations of an instruction together, each on the first port that is free.
+static bool fits_together(const struct execution *execution) {
+    unsigned taken = 0;
+    for (unsigned i = 0; i < execution->slots; i++) {
+        const unsigned free = execution->slot[i].ports & ~taken;
+        if (free == 0) return false;
+        taken |= free & -free;
+    }
+    return true;
+}
+
 static bool in_range(const struct description *d) {
     return d->width >= 1 && (d->in_order || (d->reorder_buffer >= d->width && d->reorder_buffer <= MAX_REORDER)) &&
            d->store_buffer >= 1 && d->store_buffer <= MAX_STORES && d->fill_buffers >= 1 &&
@@ -100,6 +111,12 @@ bool description_read(const char *path, struct description *out, char *message, 
     for (int class = 0; right && class < CLASS_COUNT; class++)
         if (!seen[class]) {
             snprintf(message, message_size, "%s: no class %s", path, class_names[class]);
+            return false;
+        }
+    for (int class = 0; right && out->in_order && class < CLASS_COUNT; class++)
+        if (!fits_together(&out->execution[class])) {
+            snprintf(message, message_size, "%s: class %s wants a port twice, or one after another has taken it", path,
+                     class_names[class]);
             return false;
         }
     if (!right)

@@ -1,4 +1,5 @@
 #include "footprint.h"
+#include "allocate.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +16,7 @@ struct footprint {
 };
 
 struct footprint *footprint_create(void) {
-    struct footprint *footprint = calloc(1, sizeof *footprint);
+    struct footprint *footprint = allocated(calloc(1, sizeof *footprint));
     footprint_clear(footprint);
     return footprint;
 }
@@ -38,7 +39,7 @@ void footprint_add(struct footprint *footprint, uint64_t address, unsigned size,
         *seen = entry;
         if (footprint->count == footprint->capacity) {
             footprint->capacity = footprint->capacity ? footprint->capacity * 2 : 1024;
-            footprint->lines = realloc(footprint->lines, footprint->capacity * sizeof *footprint->lines);
+            footprint->lines = allocated(realloc(footprint->lines, footprint->capacity * sizeof *footprint->lines));
         }
         footprint->lines[footprint->count++] = entry;
     }
@@ -51,15 +52,15 @@ static int ascending(const void *left, const void *right) {
 
 // The lines as runs of neighbours, in order of address; a line that is written counts as written.
 static uint64_t runs_of(const struct footprint *footprint, struct run **out) {
-    uint64_t *sorted = malloc((footprint->count + 1) * sizeof *sorted), count = 0;
+    uint64_t *sorted = allocated(malloc((footprint->count + 1) * sizeof *sorted)), count = 0;
     memcpy(sorted, footprint->lines, footprint->count * sizeof *sorted);
     qsort(sorted, footprint->count, sizeof *sorted, ascending);
-    struct run *runs = malloc((footprint->count + 1) * sizeof *runs);
+    struct run *runs = allocated(malloc((footprint->count + 1) * sizeof *runs));
     for (uint64_t i = 0; i < footprint->count; i++) {
         const uint64_t line = sorted[i] / 2;
-        const bool write = i + 1 < footprint->count && sorted[i + 1] / 2 == line ? true : sorted[i] % 2;
+        while (i + 1 < footprint->count && sorted[i + 1] / 2 == line) i++;
+        const bool write = sorted[i] % 2;  // of the same line, what is written comes last
         struct run *last = count ? &runs[count - 1] : NULL;
-        if (last != NULL && line < last->start + last->length) continue;
         if (last != NULL && line == last->start + last->length && last->write == write)
             last->length++;
         else

@@ -1,4 +1,5 @@
 #include "memory.h"
+#include "allocate.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -18,8 +19,8 @@ struct channel {
 
 static void channel_create(struct channel *channel, double interval) {
     channel->interval = interval;
-    channel->used = calloc(WINDOWS, sizeof *channel->used);
-    channel->stamp = calloc(WINDOWS, sizeof *channel->stamp);
+    channel->used = allocated(calloc(WINDOWS, sizeof *channel->used));
+    channel->stamp = allocated(calloc(WINDOWS, sizeof *channel->stamp));
 }
 
 static void channel_destroy(struct channel *channel) {
@@ -27,27 +28,29 @@ static void channel_destroy(struct channel *channel) {
     free(channel->stamp);
 }
 
+static double *used_of(struct channel *channel, uint64_t window) {
+    const unsigned slot = window % WINDOWS;
+    if (channel->stamp[slot] != window) {
+        channel->stamp[slot] = window;
+        channel->used[slot] = 0;
+    }
+    return &channel->used[slot];
+}
+
 // The cycle in which a request of cycle `now` is served.
 static uint64_t channel_take(struct channel *channel, uint64_t now) {
     if (channel->interval == 0) return now;
     for (uint64_t window = now / WINDOW;; window++) {
-        const unsigned slot = window % WINDOWS;
-        if (channel->stamp[slot] != window) {
-            channel->stamp[slot] = window;
-            channel->used[slot] = 0;
-        }
-        // A window may be overdrawn by less than one interval; the next one pays for it.
-        if (channel->used[slot] >= WINDOW) continue;
-        const uint64_t start = window * WINDOW + (uint64_t)channel->used[slot];
-        channel->used[slot] += channel->interval;
-        if (channel->used[slot] > WINDOW) {
-            const double over = channel->used[slot] - WINDOW;
-            const unsigned next = (window + 1) % WINDOWS;
-            if (channel->stamp[next] != window + 1) {
-                channel->stamp[next] = window + 1;
-                channel->used[next] = 0;
-            }
-            channel->used[next] += over;
+        double *used = used_of(channel, window);
+        if (*used >= WINDOW) continue;
+        const uint64_t start = window * WINDOW + (uint64_t)*used;
+        *used += channel->interval;
+        // What does not fit into this window is paid by the next one that has room, or by several.
+        while (*used > WINDOW) {
+            const double over = *used - WINDOW;
+            *used = WINDOW;
+            used = used_of(channel, ++window);
+            *used += over;
         }
         return start > now ? start : now;
     }
@@ -83,7 +86,7 @@ static void cache_create(struct cache *cache, const struct level *level) {
     cache->sets = level->bytes / LINE / level->ways;
     cache->random = level->random;
     cache->tick = 0;
-    cache->lines = calloc(cache->sets * cache->ways, sizeof *cache->lines);
+    cache->lines = allocated(calloc(cache->sets * cache->ways, sizeof *cache->lines));
     cache_empty(cache);
 }
 
@@ -104,9 +107,9 @@ static struct line *cache_find(struct cache *cache, uint64_t number) {
 // The line that makes room in the set of `number`.
 static struct line *cache_victim(struct cache *cache, uint64_t number) {
     struct line *set = cache_set(cache, number);
+    for (unsigned way = 0; way < cache->ways; way++)
+        if (set[way].number == NO_LINE) return &set[way];
     if (cache->random) {
-        for (unsigned way = 0; way < cache->ways; way++)
-            if (set[way].number == NO_LINE) return &set[way];
         // A counter that runs with the misses, as cores have it; hashed, so that sets do not walk in step.
         const uint64_t hash = ++cache->tick * 0x9E3779B97F4A7C15u;
         return &set[(hash >> 40) % cache->ways];
@@ -165,7 +168,7 @@ struct memory {
 };
 
 struct memory *memory_create(const struct description *description) {
-    struct memory *memory = calloc(1, sizeof *memory);
+    struct memory *memory = allocated(calloc(1, sizeof *memory));
     const struct description *d = &memory->d;
     memory->d = *description;
     memory->l2s = d->l2.shared ? 1 : d->cores;
@@ -227,7 +230,7 @@ uint64_t memory_number(struct memory *memory, uint64_t address) {
     if (recent->key != key) {
         if (memory->page_count * 2 >= memory->page_capacity) {
             const uint64_t capacity = memory->page_capacity ? memory->page_capacity * 2 : 4096;
-            struct page *pages = malloc(capacity * sizeof *pages);
+            struct page *pages = allocated(malloc(capacity * sizeof *pages));
             for (uint64_t i = 0; i < capacity; i++) pages[i].key = NO_LINE;
             for (uint64_t i = 0; i < memory->page_capacity; i++)
                 if (memory->pages[i].key != NO_LINE) *page_slot(pages, capacity, memory->pages[i].key) = memory->pages[i];
@@ -374,11 +377,13 @@ static struct line *fill(struct memory *memory, unsigned core, uint64_t number, 
     return line;
 }
 
-// The next line that a stream asks for to stay `distance` lines ahead of a line; false where it is so far already.
+// The next line that a stream asks for to stay `distance` lines ahead of a line; false where it is so far already, or at
+// the first line of all.
 static bool ahead(uint64_t *head, uint64_t number, int64_t direction, unsigned distance, bool within_page,
                   uint64_t *next) {
     if ((int64_t)(*head - number) * direction < 0) *head = number;
     if ((int64_t)(*head - number) * direction >= (int64_t)distance) return false;
+    if (*head == 0 && direction < 0) return false;
     *next = *head + (uint64_t)direction;
     if (within_page && *next / PAGE_LINES != number / PAGE_LINES) return false;
     *head = *next;

@@ -4,6 +4,7 @@
 // where an operator ends, and how the work of a parallel loop is spread over the cores. Work that the runner left out is
 // put in by what the pieces around it took.
 #define _POSIX_C_SOURCE 200809L  // strdup
+#include "allocate.h"
 #include "core.h"
 #include "footprint.h"
 #include "qemu_plugin.h"
@@ -92,7 +93,7 @@ static struct tally taken_since(unsigned core, struct tally *since) {
 static struct tally *operator_now(void) {
     if (operator_count == operator_capacity) {
         operator_capacity = operator_capacity ? operator_capacity * 2 : 256;
-        operators = realloc(operators, operator_capacity * sizeof *operators);
+        operators = allocated(realloc(operators, operator_capacity * sizeof *operators));
     }
     return &operators[operator_count];
 }
@@ -263,7 +264,7 @@ static struct block *block_of(struct qemu_plugin_tb *tb) {
     struct block **bucket = &blocks[(address / 4 ^ count * 977u) % BUCKETS];
     for (struct block *block = *bucket; block != NULL; block = block->next)
         if (block->address == address && block->count == count) return block;
-    struct block *block = malloc(sizeof *block + count * sizeof block->instruction[0]);
+    struct block *block = allocated(malloc(sizeof *block + count * sizeof block->instruction[0]));
     *block = (struct block){*bucket, address, address + 4ull * count, count};
     for (unsigned i = 0; i < count; i++) {
         uint32_t word;
