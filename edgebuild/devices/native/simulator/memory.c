@@ -145,6 +145,8 @@ struct private {
     struct cache l1;
     struct channel l2, memory;           // what one core can get from L2 and from memory
     uint64_t fill[MAX_FILL_BUFFERS];     // when each line fill buffer is free
+    uint64_t written_back[MAX_FILL_BUFFERS], write_backs;  // ring of the cycles in which memory takes lines
+    uint64_t write_back_free;            // when there is a write-back buffer for the next line
     struct stream stream[STREAMS];
     uint64_t stream_tick;
     uint64_t written;                    // the last line that was written
@@ -258,11 +260,14 @@ static uint64_t from_memory(struct memory *memory, unsigned core, uint64_t now) 
     return one > all ? one : all;
 }
 
-// A dirty line leaves the caches. It takes bandwidth, and nobody waits for it.
+// A dirty line leaves the caches. It lies in a write-back buffer until memory takes it; who needs a buffer while all are
+// full waits (see `fill`). How many there are is not published: as many as there are line fill buffers.
 static void to_memory(struct memory *memory, unsigned core, uint64_t now) {
-    memory->core[core].traffic.memory_bytes += LINE;
-    channel_take(&memory->core[core].memory, now);
-    channel_take(&memory->all, now);
+    struct private *own = &memory->core[core];
+    own->traffic.memory_bytes += LINE;
+    const uint64_t one = channel_take(&own->memory, now), all = channel_take(&memory->all, now);
+    own->written_back[own->write_backs++ % memory->d.fill_buffers] = one > all ? one : all;
+    own->write_back_free = own->written_back[own->write_backs % memory->d.fill_buffers];
 }
 
 // Puts a line into L3, or lets it pass where there is none.
@@ -368,10 +373,14 @@ static struct line *fill(struct memory *memory, unsigned core, uint64_t number, 
         if (*buffer > start) start = *buffer;
     }
     enum origin origin;
-    const uint64_t ready = below(memory, core, number, start, read, &origin);
-    if (buffer != NULL) *buffer = ready;
+    uint64_t ready = below(memory, core, number, start, read, &origin);
     struct line *line = cache_victim(&own->l1, number);
     evict(memory, core, line, start);
+    if (own->write_back_free > ready) {
+        ready = own->write_back_free;
+        origin = FROM_MEMORY;
+    }
+    if (buffer != NULL) *buffer = ready;
     cache_put(&own->l1, line, number, ready, false, origin, core);
     line->prefetched = prefetch;
     return line;
