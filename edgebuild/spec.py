@@ -686,7 +686,8 @@ class Measurement:
     """A figure and how it was come by.
 
     `quantity` is a BudgetKind (or `latency_min` and the like); `error` is the relative half-width of its error band, 0
-    where the figure is exact or measured. `runs` counts repetitions, `detail` says the rest.
+    where the figure is exact or measured. `runs` counts repetitions, `detail` says the rest. `split` tells what a peak
+    of memory consists of, in bytes by kind, where the device counts it.
     """
 
     target: str
@@ -696,6 +697,7 @@ class Measurement:
     error: float = 0.0
     runs: int = 1
     detail: str = ""
+    split: Mapping[str, float] = field(default_factory=dict)
 
 
 Bound = Literal["issue", "latency", "cache", "memory", "threads"]

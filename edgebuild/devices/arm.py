@@ -63,7 +63,7 @@ def measure(
     """
     with load(artifact, target, threads) as guest:
         guest.run(inputs[0])
-    found = [Measurement(target.name, "peak_memory", float(guest.peak), "simulated", detail=guest.memory)]
+    found = [guest.peak_memory(target.name, "simulated")]
     timed = simulator.simulate(artifact, target, threads)
     how = simulator.summary(timed)
     for quantity, value in (("latency", timed.seconds), ("throughput", 1 / timed.seconds)):
