@@ -716,7 +716,7 @@ class Measurement:
 
     `quantity` is a BudgetKind (or `latency_min` and the like); `error` is the relative half-width of its error band, 0
     where the figure is exact or measured. `runs` counts repetitions, `detail` says the rest. `operators` is what a
-    simulated latency consists of.
+    simulated latency consists of; `split` a peak of memory, in bytes by kind, where the device counts it.
     """
 
     target: str
@@ -727,6 +727,7 @@ class Measurement:
     runs: int = 1
     detail: str = ""
     operators: tuple[OperatorTime, ...] = ()
+    split: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

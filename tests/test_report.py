@@ -57,6 +57,8 @@ VERDICTS = (
     Verdict("min_delegated", "", 0.8, None, 1.0, "counted", 0.25, "pass"),
     Verdict("accuracy_drop", "", 0.01, 0.0, 0.0055, "measured", 0.45, "pass"),
 )
+SPLIT = {"program": 0.0, "weights": 40960.0, "arena": 2048.0, "workspace": 8192.0, "runtime": 1024.0}
+MEMORY = Measurement(PI, "peak_memory", 52224.0, "simulated", split=SPLIT)
 BUILT = Report(
     outcome="broken",
     summary="latency on raspberry-pi-4 is 20 % over its budget",
@@ -77,6 +79,7 @@ BUILT = Report(
     measurements=(
         Measurement("host", "latency", 0.00021, "measured", runs=100, detail="1 thread"),
         Measurement(PI, "latency", 0.012, "estimated", error=0.3),
+        MEMORY,
         Measurement("", "min_delegated", 1.0, "counted"),
     ),
     original_measurements=(
@@ -286,11 +289,19 @@ def test_markdown_verdicts():
 
 
 def test_markdown_cost():
-    accuracy, size, host, pi = table(report.markdown(as_dict(BUILT)), "Original", "Artifact")
+    accuracy, size, host, pi, _ = table(report.markdown(as_dict(BUILT)), "Original", "Artifact")
     assert list(accuracy.values()) == ["accuracy", "0.9778 [0.957, 0.989]", "0.9723 [0.95, 0.985]", "0.55 points lower"]
     assert list(size.values()) == ["size", "136 KiB", "34 KiB", "4 times smaller"]
     assert list(host.values()) == ["latency on host", "840 us (measured)", "210 us (measured)", "4 times faster"]
     assert pi["Change"] == "—", "a measured and an estimated figure must not be compared"
+
+
+def test_markdown_memory_by_kind():
+    rows = table(report.markdown(as_dict(BUILT)), "Kind", "Artifact at its peak")
+    assert [row["Kind"].partition(":")[0] for row in rows] == [*SPLIT]
+    assert [row["Artifact at its peak"] for row in rows] == ["0 B", "40 KiB", "2 KiB", "8 KiB", "1 KiB"]
+    assert {row["On"] for row in rows} == {PI} and {row["Original at its peak"] for row in rows} == {"—"}
+    assert as_dict(BUILT)["measurements"][2]["split"] == SPLIT
 
 
 def test_markdown_lists_every_layer_folded_away():

@@ -64,7 +64,7 @@ def measure(
     """
     with load(artifact, target, threads) as guest:
         guest.run(inputs[0])
-    memory = Measurement(target.name, "peak_memory", float(guest.peak), "simulated", detail=guest.memory)
+    memory = guest.peak_memory(target.name, "simulated")
     timed = simulator.simulate(artifact, target, threads)
     latency = Measurement(
         target.name,

@@ -5,7 +5,7 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgebuild.devices.device import Arrays
 from edgebuild.errors import DeviceError
+from edgebuild.spec import Measurement, Method
 from edgebuild.units import Bytes
 
 TIMEOUT = 300.0  # seconds for loading, and for each inference; mobilenet_v2 takes about 2
@@ -35,14 +36,29 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _TIMED = 2**32 - 1  # opens a request for timed inferences
 
+# What heap is for, in the order of the protocol: the file's bytes that are held; what XNNPACK makes of them; the
+# planned buffers; what XNNPACK takes while running; everything else.
+KINDS = ("program", "weights", "arena", "workspace", "runtime")
+
+
+@dataclass(frozen=True)
+class Heap:
+    """Bytes of heap above a runtime without a model, and their split by KINDS, each counted on its own."""
+
+    total: int = 0
+    split: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = (f"{name} {Bytes(size)}" for name, size in self.split.items() if size)
+        return f"{Bytes(self.total)} ({', '.join(parts)})"
+
 
 @dataclass
 class Guest:
     """The runner, with a model loaded; `native/runner.cpp` describes the protocol.
 
-    `peak` is the peak heap in bytes so far, above a runtime without a model. `load_peak` is that of loading, `kept`
-    what stayed of it, `run_peak` the largest of the inferences. `lost` is the exit code of `process` where that is only
-    a connection to the runner, and it broke.
+    `loading` is the heap at the peak of loading, `held` what stayed of it, `running` that of the largest inference.
+    `lost` is the exit code of `process` where that is only a connection to the runner, and it broke.
     """
 
     what: str
@@ -50,14 +66,19 @@ class Guest:
     errors: IO[bytes]
     lost: int | None = None
     midr: int = 0
-    load_peak: int = 0
-    kept: int = 0
-    run_peak: int = 0
+    loading: Heap = Heap()
+    held: Heap = Heap()
+    running: Heap = Heap()
     timed_out: bool = field(default=False, init=False)
 
     @property
+    def most(self) -> Heap:
+        """The heap at its highest so far."""
+        return max(self.loading, self.running, key=lambda heap: heap.total)
+
+    @property
     def peak(self) -> int:
-        return max(self.load_peak, self.run_peak)
+        return self.most.total
 
     def run(self, inputs: Arrays) -> Arrays:
         """One inference, on arrays of the model's own dtypes and shapes.
@@ -68,9 +89,9 @@ class Guest:
         with self._watched():
             self._stdin.write(request)
             self._stdin.flush()
-            (peak,) = self._read("<Q")
+            heap = self._read_heap()
             outputs = self._read_tensors()
-        self.run_peak = max(self.run_peak, peak)
+        self.running = max(self.running, heap, key=lambda heap: heap.total)
         return outputs
 
     def run_many(self, samples: Sequence[Arrays]) -> list[Arrays]:
@@ -92,14 +113,20 @@ class Guest:
     def memory(self) -> str:
         """What `peak` is made of, in words."""
         return (
-            f"heap above an empty runtime: {Bytes(self.load_peak)} while loading, of which {Bytes(self.kept)} stay; "
-            f"{Bytes(self.run_peak)} during inference"
+            f"heap above an empty runtime: {self.loading} while loading, of which {Bytes(self.held.total)} stay; "
+            f"{self.running} during inference"
         )
+
+    def peak_memory(self, target: str, method: Method) -> Measurement:
+        most = self.most
+        split = {kind: float(size) for kind, size in most.split.items()}
+        return Measurement(target, "peak_memory", float(most.total), method, detail=self.memory, split=split)
 
     def greet(self) -> None:
         """Wait until the model is loaded."""
         with self._watched():
-            self.midr, self.load_peak, self.kept = self._read("<IQQ")
+            (self.midr,) = self._read("<I")
+            self.loading, self.held = self._read_heap(), self._read_heap()
 
     @property
     def _stdin(self) -> IO[bytes]:
@@ -115,6 +142,10 @@ class Guest:
         if len(data) < size:
             raise EOFError
         return data
+
+    def _read_heap(self) -> Heap:
+        total, *parts = self._read(f"<{1 + len(KINDS)}q")
+        return Heap(total, dict(zip(KINDS, parts, strict=True)))
 
     def _read_tensors(self) -> Arrays:
         arrays: list[NDArray[Any]] = []

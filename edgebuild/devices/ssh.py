@@ -61,7 +61,7 @@ def measure(
         notes = sysfs.notes(before, sysfs.read(connection), threads)
     count = f"{len(found)} runs with {threads} thread{'s' if threads > 1 else ''}"
     detail = "; ".join([connection.system, count, timing.spread(found, settled), *notes])
-    memory = Measurement(target.name, "peak_memory", float(guest.peak), "measured", detail=guest.memory)
+    memory = guest.peak_memory(target.name, "measured")
     return (*timing.measurements(target.name, found, detail), memory)
 
 

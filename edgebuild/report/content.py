@@ -121,7 +121,34 @@ def _cost(report: Json) -> Section:
         lines += [accuracy["detail"]] if accuracy["detail"] else []
     elif report["artifact"]:
         lines.append("No metric was scored, so what the artifact cost in accuracy is not known.")
-    return Section("What did it cost?", tuple(lines), (Table("", ("", "Original", "Artifact", "Change"), tuple(rows)),))
+    tables = (
+        Table("", ("", "Original", "Artifact", "Change"), tuple(rows)),
+        Table("Peak memory by kind", _MEMORY, tuple(_memory(report))),
+    )
+    return Section("What did it cost?", tuple(lines), tables)
+
+
+# What is live at the moment when most is, where a device counts that.
+_KINDS = {
+    "program": "program: the file's bytes that are held",
+    "weights": "weights: packed by the delegate, with its operators",
+    "arena": "arena: planned inputs, outputs and activations",
+    "workspace": "workspace: taken by the delegate while running",
+    "runtime": "runtime: everything else",
+}
+_MEMORY = ("On", "Kind", "Original at its peak", "Artifact at its peak")
+
+
+def _memory(report: Json) -> list[tuple[str, ...]]:
+    splits = [
+        {item["target"]: item["split"] for item in report[key] if item["quantity"] == "peak_memory" and item["split"]}
+        for key in ("original_measurements", "measurements")
+    ]
+    return [
+        (target, words, *(figure("peak_memory", split.get(target, {}).get(kind)) for split in splits))
+        for target in dict.fromkeys([*splits[1], *splits[0]])
+        for kind, words in _KINDS.items()
+    ]
 
 
 def _drop(drop: float | None) -> str:

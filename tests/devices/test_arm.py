@@ -12,6 +12,7 @@ import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 from executorch.exir import to_edge_transform_and_lower
+from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.runtime import Runtime
 from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -159,9 +160,9 @@ def test_peak_memory_repeats_to_the_byte(emulator, pi, nets, threads):
         with arm.load(nets["fp32"], pi, threads) as guest:
             for image in _images(2):
                 guest.run((image,))
-            found.append((guest.load_peak, guest.kept, guest.run_peak))
+            found.append((guest.loading, guest.held, guest.running))
     assert found == found[:1] * 3
-    load_peak, kept, run_peak = found[0]
+    load_peak, kept, run_peak = (heap.total for heap in found[0])
     assert nets["fp32"].stat().st_size / 2 < kept <= load_peak < 2**20
     assert kept <= run_peak
 
@@ -175,6 +176,35 @@ def test_memory_follows_the_weights(emulator, pi, tmp_path):
             guest.run((np.ones((1, 256), np.float32),))
             peaks.append(guest.peak)
     assert peaks[1] - peaks[0] >= 4 * 256 * (512 - 64)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_kinds_of_heap_sum_to_the_peak(emulator, pi, nets, precision, threads):
+    with arm.load(nets[precision], pi, threads) as session:
+        assert session.loading.split["workspace"] == session.held.split["workspace"] == 0  # nothing has run yet
+        session.run((_images(1)[0],))
+        heaps = (session.loading, session.held, session.running)
+    for heap in heaps:
+        assert tuple(heap.split) == guest.KINDS
+        assert sum(heap.split.values()) == heap.total and min(heap.split.values()) >= 0
+    assert session.running.split["workspace"] > 0
+
+
+def test_weights_and_planned_buffers_are_told_apart(emulator, pi, tmp_path):
+    path = tmp_path / "linear.pte"
+    path.write_bytes(_export(nn.Linear(256, 512), (torch.randn(1, 256),)))
+    with arm.load(path, pi, 1) as session:
+        session.run((np.ones((1, 256), np.float32),))
+    packed = 4 * (256 + 1) * 512
+    assert packed <= session.held.split["weights"] == session.running.split["weights"] < packed + 10_000
+    assert packed <= session.loading.split["weights"] < packed + 50_000  # the graph is there as well
+    buffers = deserialize_pte_binary(path.read_bytes()).program.execution_plan[0].non_const_buffer_sizes
+    assert sum(buffers) >= 4 * (256 + 512)
+    for heap in (session.loading, session.held, session.running):
+        assert sum(buffers) <= heap.split["arena"] <= sum(buffers) + 24 * len(buffers)  # as the allocator rounds up
+    assert session.loading.split["program"] == pytest.approx(path.stat().st_size, rel=0.02)
+    assert session.held.split["program"] < 10_000  # the weights' own bytes are let go of
 
 
 LAYER = LayerFacts("conv", "conv2d", 16, 32, kernel=(3, 3), positions=256, in_elements=4096, out_elements=8192)
@@ -191,6 +221,7 @@ def test_measure_says_how_it_came_by_each_figure(emulator, pi, nets):
     assert found["latency"].error == pi.latency_error > 0
     assert found["peak_memory"].method == "simulated" and found["peak_memory"].error == 0
     assert "while loading" in found["peak_memory"].detail and "during inference" in found["peak_memory"].detail
+    assert sum(found["peak_memory"].split.values()) == found["peak_memory"].value
     assert {m.target for m in found.values()} == {"raspberry-pi-4"}
 
 

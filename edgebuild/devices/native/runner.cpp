@@ -6,17 +6,19 @@
 //
 // Protocol (integers little-endian; the guest is the one that runs this program):
 //   guest, once the model is loaded:  u32 MIDR of the first core as cpuinfo read it
-//                                     u64 peak heap of loading, u64 heap kept after loading
+//                                     heap at the peak of loading, heap kept after loading
 //   host, for each inference:         tensors
-//   guest:                            u64 peak heap of this inference, tensors
+//   guest:                            heap at the peak of this inference, tensors
 //   host, for timed inferences:       u32 TIMED, u32 warm-ups, u32 runs, tensors
 //   guest:                            u64 nanoseconds[runs] of CLOCK_MONOTONIC, from inputs handed in to outputs
 //   host, to end:                     closes the guest's standard input
+//   heap := i64 total, i64 program, i64 weights, i64 arena, i64 workspace, i64 runtime
 //   tensors := u32 count, then for each: u32 dtype, u32 rank, u64 size[rank], the elements in C order
 // A dtype is the number of ExecuTorch's ScalarType: 0 uint8, 1 int8, 2 int16, 3 int32, 4 int64, 5 float16, 6 float32,
 // 7 float64, 11 bool. TIMED is 2^32 - 1, which is no count of tensors. Heap is in bytes above the empty runtime (threads
-// started, nothing loaded) and counts what the model holds; the buffers of this protocol are left out. Anything wrong
-// ends the program with a line on standard error.
+// started, nothing loaded) and counts what the model holds; the buffers of this protocol are left out. Its kinds
+// (heap.h) are what is live at the very moment of the peak, and their sum is the total. Anything wrong ends the program
+// with a line on standard error.
 #include "heap.h"
 #include "simulation.h"
 
@@ -26,12 +28,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
+#include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <unistd.h>
 #include <utility>
 #include <vector>
 
+#include <executorch/extension/data_loader/file_data_loader.h>
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 
@@ -206,12 +211,67 @@ void write_tensor(const Tensor &tensor) {
 
 // ------------------------------------------------------------------------------------------------------- the model
 
+// Reads a program from its file, and has what it reads counted as such.
+class Loader final : public executorch::runtime::DataLoader {
+  public:
+    explicit Loader(executorch::extension::FileDataLoader &&file) : file(std::move(file)) {}
+
+    executorch::runtime::Result<executorch::runtime::FreeableBuffer> load(size_t offset, size_t size,
+                                                                          const SegmentInfo &segment) const override {
+        const heap::Only counted(heap::PROGRAM);
+        return file.load(offset, size, segment);
+    }
+    Error load_into(size_t offset, size_t size, const SegmentInfo &segment, void *buffer) const override {
+        return file.load_into(offset, size, segment, buffer);
+    }
+    executorch::runtime::Result<size_t> size() const override { return file.size(); }
+
+  private:
+    executorch::extension::FileDataLoader file;
+};
+
+[[noreturn]] void refuse(const char *path, Error error) {
+    fail("%s is no program that can be loaded: %s", path, executorch::runtime::to_string(error));
+}
+
+std::unique_ptr<Loader> loader(const char *path) {
+    auto file = executorch::extension::FileDataLoader::from(path);
+    if (!file.ok()) refuse(path, file.error());
+    return std::make_unique<Loader>(std::move(*file));
+}
+
+// The buffers that a method's planned tensors live in. Left to itself the module would make the very same.
+class Arena {
+  public:
+    explicit Arena(const executorch::runtime::MethodMeta &meta) {
+        const size_t count = meta.num_memory_planned_buffers();
+        buffers.reserve(count);
+        for (size_t i = 0; i < count; ++i) {
+            const auto size = meta.memory_planned_buffer_size(i);
+            require(size.error(), "the method `forward` has a buffer without a size");
+            const heap::Only counted(heap::ARENA);
+            buffers.emplace_back(static_cast<size_t>(*size));
+        }
+        for (auto &buffer : buffers) spans.emplace_back(buffer.data(), buffer.size());
+        memory.emplace(executorch::runtime::Span(spans.data(), spans.size()));
+    }
+
+    executorch::runtime::HierarchicalAllocator *allocator() { return &*memory; }
+
+  private:
+    std::vector<std::vector<uint8_t>> buffers;
+    std::vector<executorch::runtime::Span<uint8_t>> spans;
+    std::optional<executorch::runtime::HierarchicalAllocator> memory;
+};
+
 struct Model {
+    heap::Bytes empty = heap::live();
+    std::optional<Arena> arena;  // outlives the module, whose method writes to it
     Module module;
     std::vector<executorch::runtime::TensorInfo> inputs;
-    size_t kept = 0;  // heap that the model holds now
+    heap::Bytes kept;  // that the model holds now
 
-    explicit Model(const char *path) : module(path) {}
+    explicit Model(const char *path) : module(loader(path)) {}
 };
 
 std::vector<executorch::runtime::TensorInfo> tensors_of(const executorch::runtime::MethodMeta &meta) {
@@ -225,30 +285,35 @@ std::vector<executorch::runtime::TensorInfo> tensors_of(const executorch::runtim
 }
 
 struct Loading {
-    size_t peak, kept;
+    heap::Bytes peak, kept;
 };
 
 Loading load(Model &model, const char *path) {
-    const size_t empty = heap::live();
     heap::reset_peak();
-    if (const Error error = model.module.load(); error != Error::Ok) {
-        fail("%s is no program that can be loaded: %s", path, executorch::runtime::to_string(error));
-    }
-    require(model.module.load_method("forward"), "the method `forward` cannot be loaded");
-    const size_t peak = heap::peak() - empty;
-    model.kept = heap::live() - empty;
-
+    heap::delegate_takes(heap::WEIGHTS);
+    if (const Error error = model.module.load(); error != Error::Ok) refuse(path, error);
     const auto meta = model.module.method_meta("forward");
     require(meta.error(), "the method `forward` cannot be described");
+    model.arena.emplace(*meta);
+    require(model.module.load_method("forward", model.arena->allocator()), "the method `forward` cannot be loaded");
+    heap::delegate_takes(heap::WORKSPACE);
+    const heap::Bytes peak = heap::peak() - model.empty;
+    model.kept = heap::live() - model.empty;
+
     model.inputs = tensors_of(*meta);
     return {peak, model.kept};
+}
+
+void write_heap(const heap::Bytes &bytes) {
+    write_number<int64_t>(bytes.total);
+    for (const long long part : bytes.of) write_number<int64_t>(part);
 }
 
 void greet(const Loading &heap) {
     const auto *core = cpuinfo_initialize() ? cpuinfo_get_uarch(0) : nullptr;
     write_number<uint32_t>(core == nullptr ? 0 : core->midr);
-    write_number<uint64_t>(heap.peak);
-    write_number<uint64_t>(heap.kept);
+    write_heap(heap.peak);
+    write_heap(heap.kept);
 }
 
 struct Inputs {
@@ -269,14 +334,14 @@ Inputs read_inputs(const Model &model, uint32_t count) {
 }
 
 void infer(Model &model, const Inputs &inputs) {
-    const size_t before = heap::live();
+    const heap::Bytes before = heap::live();
     heap::reset_peak();
     const auto outputs = model.module.execute("forward", inputs.values);
     require(outputs.error(), "the inference failed");
-    const size_t peak = model.kept + (heap::peak() - before);
-    model.kept += heap::live() - before;  // may wrap in between; the sum is right
+    const heap::Bytes peak = model.kept + (heap::peak() - before);
+    model.kept += heap::live() - before;
 
-    write_number<uint64_t>(peak);
+    write_heap(peak);
     write_number(static_cast<uint32_t>(outputs->size()));
     for (size_t i = 0; i < outputs->size(); ++i) {
         if (!(*outputs)[i].isTensor()) fail("output %zu of the model is not a tensor", i);
@@ -293,7 +358,7 @@ uint64_t now() {
 std::vector<uint64_t> time_runs(Model &model, const Inputs &inputs, uint32_t warm_ups, uint32_t runs) {
     if (runs > MOST_RUNS || warm_ups > MOST_RUNS) fail("%u runs are too many", std::max(runs, warm_ups));
     std::vector<uint64_t> nanoseconds(runs);
-    const size_t before = heap::live();
+    const heap::Bytes before = heap::live();
     for (uint32_t i = 0; i < warm_ups + runs; ++i) {
         const uint64_t began = now();
         const auto outputs = model.module.execute("forward", inputs.values);
