@@ -6,6 +6,7 @@ changes, and whether three runs count the same. Models have random weights and a
 """
 
 import argparse
+import inspect
 import json
 import resource
 import time
@@ -20,13 +21,13 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from edgebuild import cache, environment
+from edgebuild import cache, calibrate, environment
 from edgebuild.analyse import analyse
 from edgebuild.backends import xnnpack
 from edgebuild.catalog import load_target, names
 from edgebuild.devices import arm, host, simulator
 from edgebuild.lift import lift
-from edgebuild.spec import Cluster, LayerFacts, Precision, Simulation, Target
+from edgebuild.spec import Cluster, LayerFacts, Precision, Resource, Simulation, Target
 from edgebuild.transforms import quantize
 from edgebuild.units import Hertz
 from edgebuild.vision import import_torchvision
@@ -62,7 +63,7 @@ class MobileNetV1(nn.Module):
 
 
 def network(name: str) -> nn.Module:
-    """A model with random weights, whose batch norms have seen data: activations keep their size from layer to layer."""
+    """A model with random weights, whose batch norms have seen data, so that activations keep their size."""
     torch.manual_seed(0)
     model = MobileNetV1() if name == "mobilenet_v1" else import_torchvision().models.get_model(name, weights=None)
     for module in model.modules():
@@ -85,7 +86,7 @@ class Model:
 
 def model(name: str, precision: Precision) -> Model:
     versions = json.dumps(environment.versions(), sort_keys=True)
-    key = cache.key(Path(__file__).read_bytes().partition(b"# ---- what is held")[0], versions)[:16]
+    key = cache.key(inspect.getsource(MobileNetV1), inspect.getsource(network), inspect.getsource(model), versions)[:16]
     file, facts = f"{name}-{precision}-{key}.pte", f"{name}-{key}.json"
     path, known = cache.root() / "bench-models" / file, cache.read("bench-models", facts)
     if path.is_file() and known is not None:
@@ -98,11 +99,9 @@ def model(name: str, precision: Precision) -> Model:
     ready = quantize.apply(lifted, inputs, batch, xnnpack.quantizer()) if precision == "int8" else lifted
     artifact = xnnpack.lower(ready, inputs)
     if artifact.fallen_back:
-        print(f"{name}, {precision}: outside the delegate: {', '.join(artifact.fallen_back)}")
+        print(f"{name}, {precision}: {len(artifact.fallen_back)} operators outside the delegate")
     return Model(cache.write("bench-models", file, artifact.data), layers)
 
-
-# ---- what is held against what: nothing below changes the models
 
 # ------------------------------------------------------------------------------------------------------- published
 
@@ -174,12 +173,15 @@ def roofline(layers: Sequence[LayerFacts], precision: Precision, target: Target,
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds; `cooled` is the simulation at the clock of one core, where all cores are taken to throttle."""
+    """Milliseconds; `whole`: without sampling. `cooled`: sampled, at the clock of one core, where all are taken to
+    throttle. `waits`: seconds of the simulation by resource."""
 
     published: Published
     simulated: float
+    whole: float | None
     roofline: float
     cooled: float | None
+    waits: dict[Resource, float]
 
 
 @dataclass(frozen=True)
@@ -206,14 +208,17 @@ def unthrottled(target: Target) -> Target:
     return replace(target, cluster=(replace(first, clock=clock), *others)) if first.clock.all_cores else target
 
 
-def predict(row: Published) -> Row:
+def predict(row: Published, whole: bool) -> Row:
     made, target = model(row.model, row.precision), load_target(row.target)
     cool = unthrottled(target)
+    found = simulator.simulate(made.path, target, row.threads)
     return Row(
         row,
-        1e3 * simulator.simulate(made.path, target, row.threads).seconds,
+        1e3 * found.seconds,
+        1e3 * simulator.simulate(made.path, target, row.threads, sampled=False).seconds if whole else None,
         1e3 * roofline(made.layers, row.precision, target, row.threads),
         1e3 * simulator.simulate(made.path, cool, row.threads).seconds if cool != target else None,
+        calibrate.by_resource(found),
     )
 
 
@@ -237,75 +242,98 @@ def from_one(rows: Sequence[Row], key: Callable[[Published], tuple[Any, ...]], k
     return score(predicted, published)
 
 
-def accuracy() -> dict[str, Any]:
+def held_out(rows: Sequence[Row], other_model: bool) -> Score:
+    """Each row of a device predicted by `edgebuild targets calibrate` from the others, or those of other models."""
+    predicted = []
+    for row in rows:
+        others = [other for other in rows if other is not row]
+        if other_model:
+            others = [other for other in others if other.published.model != row.published.model]
+        times = [other.published.milliseconds / 1e3 for other in others]
+        predicted.append(1e3 * calibrate.total(row.waits, calibrate.fit([other.waits for other in others], times)))
+    return score(predicted, [row.published.milliseconds for row in rows])
+
+
+def accuracy(whole: bool) -> dict[str, Any]:
+    kinds = ("simulated", *(["whole"] if whole else []), "roofline")
     rows = []
     print(f"{'device':15} {'thr':>3} {'':5} {'model':19} {'published':>9} {'simulated':>9} {'error':>7}", end="")
-    print(f" {'roofline':>9} {'error':>7}")
+    print("".join(f" {kind:>9} {'error':>7}" for kind in kinds[1:]))
     for published in PUBLISHED:
-        row = predict(published)
+        row = predict(published, whole)
         rows.append(row)
         ms = published.milliseconds
         print(
             f"{published.target:15} {published.threads:3} {published.precision:5} {published.model:19} {ms:9g} ", end=""
         )
-        print(f"{row.simulated:9.1f} {row.simulated / ms - 1:+7.1%} {row.roofline:9.1f} {row.roofline / ms - 1:+7.1%}")
+        values = (getattr(row, kind) for kind in kinds)
+        print(" ".join(f"{value:9.1f} {value / ms - 1:+7.1%}" for value in values), flush=True)
     scores = {}
-    print(f"\n{'scale':25} {'':10} {'rows':>4} {'within 10%':>10} {'median':>7} {'mean':>7} {'worst':>7}")
+    print(f"\n{'scale':30} {'':11} {'rows':>4} {'within 10%':>10} {'median':>7} {'mean':>7} {'worst':>7}")
 
     def tell(name: str, kind: str, found: Score) -> None:
         scores[f"{name}: {kind}"] = asdict(found)
         shares = f"{found.near:10.0%} {found.median:7.1%} {found.mean:7.1%} {found.worst:7.1%}"
-        print(f"{name:25} {kind:10} {found.rows:4} {shares}")
+        print(f"{name:30} {kind:11} {found.rows:4} {shares}")
 
     published = [row.published.milliseconds for row in rows]
-    for kind in ("simulated", "roofline"):
+    for kind in kinds:
         tell("none", kind, score([getattr(row, kind) for row in rows], published))
     for target, some in groupby(rows, lambda row: row.published.target):
         each = list(some)
         times = [row.published.milliseconds for row in each]
-        for kind in ("simulated", "roofline"):
+        for kind in kinds:
             tell(f"none, {target}", kind, score([getattr(row, kind) for row in each], times))
         if cooled := [row.cooled for row in each if row.cooled is not None]:
             tell(f"none, {target}", "cooled", score(cooled, times))
     for name, key in GROUPS.items():
-        for kind in ("simulated", "roofline"):
+        for kind in kinds:
             tell(f"one for each {name}", kind, from_one(rows, key, kind))
-    print(f"\n{'rank correlation (Spearman)':25}\n{'device':15} {'thr':>3} {'simulated':>9} {'roofline':>9}")
+    for target, some in groupby(rows, lambda row: row.published.target):
+        each = list(some)
+        tell(f"of resources, {target}", "other row", held_out(each, other_model=False))
+        tell(f"of resources, {target}", "other model", held_out(each, other_model=True))
+    print(f"\n{'rank correlation (Spearman)':25}\n{'device':15} {'thr':>3} {' '.join(f'{kind:>9}' for kind in kinds)}")
     ranks, bands = {}, {}
     for (target, threads), some in groupby(rows, lambda row: (row.published.target, row.published.threads)):
         each = list(some)
         times = [row.published.milliseconds for row in each]
-        found = [float(spearmanr([getattr(row, kind) for row in each], times)[0]) for kind in ("simulated", "roofline")]
+        found = [float(spearmanr([getattr(row, kind) for row in each], times)[0]) for kind in kinds]
         ranks[f"{target}, {threads}"] = found
-        print(f"{target:15} {threads:3} {found[0]:9.2f} {found[1]:9.2f}")
+        print(f"{target:15} {threads:3} {' '.join(f'{rank:9.2f}' for rank in found)}")
     print("\npublished over simulated, the band of `latency_error`")
     for target, some in groupby(rows, lambda row: row.published.target):
-        off = [row.published.milliseconds / row.simulated - 1 for row in some]
-        bands[target] = [min(off), max(off)]
-        print(f"{target:15} {min(off):+.1%} to {max(off):+.1%}")
+        each = list(some)
+        for kind in kinds:
+            off = [row.published.milliseconds / getattr(row, kind) - 1 for row in each]
+            bands[f"{target}: {kind}"] = [min(off), max(off)]
+            print(f"{target:15} {kind:9} {min(off):+.1%} to {max(off):+.1%}")
     return {"rows": [asdict(row) for row in rows], "scores": scores, "spearman": ranks, "bands": bands}
 
 
 # ---------------------------------------------------------------------------------------------------------- parity
 
 PARITY: tuple[tuple[str, Precision], ...] = ((V3S, "fp32"), (V2, "int8"))
-FP32_BOUND = 1e-4
+FP32_BOUND = 1e-4  # of outputs that are scaled to a standard deviation of 1
 
 
 def parity() -> dict[str, Any]:
     """Two models on two inputs, every Arm target against the host. Ends with an error where one is off."""
     rows, off = [], []
     targets = [target for target in map(load_target, names("targets")) if target.device == "arm"]
-    print(f"{'model':19} {'':5} {'target':21} {'bit-exact':>9} {'max abs':>9} {'SQNR':>9} {'scale':>6}")
+    print(f"{'model':19} {'':5} {'target':21} {'bit-exact':>9} {'max abs':>9} {'SQNR':>9}")
     for name, precision in PARITY:
         path = model(name, precision).path
         generator = torch.Generator().manual_seed(2)
         inputs = [(torch.randn(SHAPE, generator=generator).numpy(),) for _ in range(2)]
         with host.load(path, load_target("host"), 1) as worker:
             expected = np.concatenate([out[0].ravel() for out in worker.run_many(inputs)]).astype(np.float64)
+        scale = expected.std() if precision == "fp32" else 1.0
+        expected /= scale
         for target in targets:
             with arm.load(path, target, 1) as guest:
                 found = np.concatenate([out[0].ravel() for out in guest.run_many(inputs)]).astype(np.float64)
+            found /= scale
             noise = found - expected
             exact, most = bool(np.array_equal(found, expected)), float(np.abs(noise).max())
             with np.errstate(divide="ignore"):
@@ -314,9 +342,9 @@ def parity() -> dict[str, Any]:
                 off.append(f"{name} {precision} on {target.name}")
             rows.append(
                 {"model": name, "precision": precision, "target": target.name, "bit_exact": exact}
-                | {"max_abs": most, "sqnr_db": sqnr if np.isfinite(sqnr) else None, "scale": float(expected.std())}
+                | {"max_abs": most, "sqnr_db": sqnr if np.isfinite(sqnr) else None}
             )
-            cells = f"{'yes' if exact else 'no':>9} {most:9.1e} {sqnr:6.1f} dB {expected.std():6.2f}"
+            cells = f"{'yes' if exact else 'no':>9} {most:9.1e} {sqnr:6.1f} dB"
             print(f"{name:19} {precision:5} {target.name:21} {cells}", flush=True)
     if off:
         raise SystemExit(f"outputs differ by more than they may: {', '.join(off)}")
@@ -379,12 +407,19 @@ def speed(machines: Sequence[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("accuracy", "parity", "speed"))
-    parser.add_argument("--machine", action="append", help="for speed: TARGET:THREADS", metavar="TARGET:THREADS")
+    parser.add_argument("--whole", action="store_true", help="for accuracy: simulate without sampling, too")
+    parser.add_argument(
+        "--machine", action="append", help="for speed; several are taken [raspberry-pi-4:4]", metavar="TARGET:THREADS"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = {"accuracy": accuracy, "parity": parity, "speed": lambda: speed(chosen.machine or ["raspberry-pi-4:4"])}
-    found = kinds[chosen.what]()
+    benches = {
+        "accuracy": lambda: accuracy(chosen.whole),
+        "parity": parity,
+        "speed": lambda: speed(chosen.machine or ["raspberry-pi-4:4"]),
+    }
+    found = benches[chosen.what]()
     if chosen.output:
         chosen.output.write_text(json.dumps(found, indent=1) + "\n")
 
