@@ -11,7 +11,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 import msgspec
 
 from edgebuild.errors import SpecError, UsageError
-from edgebuild.spec import INSTRUCTION_CLASSES, Budget, Core, Plan, Profile, Target
+from edgebuild.spec import (
+    INSTRUCTION_CLASSES,
+    SCALE_BOUNDS,
+    Budget,
+    Calibration,
+    Core,
+    Plan,
+    Profile,
+    Target,
+    Timings,
+)
 from edgebuild.units import Bytes, Percent, Quantity, Seconds, Throughput, parse_drop
 
 _PACKAGE = Path(__file__).parent
@@ -79,7 +89,38 @@ def _target(path: Path) -> tuple[Target, str]:
         raise SpecError(f'{path}: [ssh] and costs_of are for device = "ssh", not for {target.device!r}')
     if target.device == "arm" and (not target.cluster or target.memory is None or target.threads is None):
         raise SpecError(f"{path}: an arm target needs [[cluster]], [memory] and [threads]")
+    if target.calibration is not None:
+        _check_calibration(target, target.calibration, path)
     return target, costs_of
+
+
+def _check_calibration(target: Target, calibration: Calibration, path: Path) -> None:
+    if target.device != "arm":
+        raise SpecError(f'{path}: [calibration] is for device = "arm", not for {target.device!r}')
+    low, high = SCALE_BOUNDS
+    for name in ("core", "memory", "threads"):
+        if not low <= (scale := getattr(calibration, name)) <= high:
+            raise SpecError(f"{path}: calibration.{name} = {scale:g} is not between {low:g} and {high:g}")
+
+
+def load_timings(path: Path) -> Timings:
+    """Read what the kit's scripts write. Raises UsageError where there is none, SpecError where it cannot be read."""
+    if not path.is_file():
+        raise UsageError(f"no measured file at {path}", "`edgebuild targets kit` writes a folder that measures one")
+    timings: Timings = _decode(_read(path), Timings, path)
+    if not timings.measurement:
+        raise SpecError(f"{path}: no [[measurement]]")
+    seen = set()
+    for timing in timings.measurement:
+        what = f"{path}: {timing.model!r} with {timing.threads} threads"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", timing.model):
+            raise SpecError(f"{what}: a model is named by letters, digits, - and _")
+        if timing.threads < 1 or timing.runs < 1 or not timing.latency > 0:
+            raise SpecError(f"{what}: threads, runs and latency must be more than 0")
+        if (timing.model, timing.threads) in seen:
+            raise SpecError(f"{what} is there twice")
+        seen.add((timing.model, timing.threads))
+    return timings
 
 
 def _check_remote(target: Target, costs_of: str, path: Path) -> None:

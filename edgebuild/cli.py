@@ -341,6 +341,33 @@ def targets_kit(
     print(f"{directory} is written. Next: {directory}/measure_ssh.sh USER@HOST, or {directory}/measure_adb.sh")
 
 
+@targets_app.command("calibrate")
+def targets_calibrate(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A simulated target's name, or a path to its TOML.")],
+    measured: Annotated[
+        Path, typer.Option("--measured", "-m", help="What the kit of `edgebuild targets kit` wrote for the device.")
+    ],
+    models: Annotated[
+        Path | None, typer.Option(help="The .pte files that were measured. [models, beside the measured file]")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write. [./NAME.toml]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Fit a simulated target to latencies measured on the real device, and write its file."""
+    from rich.console import Console
+
+    from edgebuild import calibrate, catalog
+
+    source = catalog.find("targets", name)
+    target = catalog.load_target(name)
+    output = output or Path(f"{source.stem}.toml")
+    calibrate.check_writable(output, force)
+    fit = calibrate.calibrate(target, catalog.load_timings(measured), models or measured.parent / "models", _say)
+    calibrate.show(fit, Console())
+    calibrate.write(source, output, fit)
+    print(f"{output} is written. Next: name it as the target in a profile")
+
+
 @profiles_app.command("show")
 def profiles_show(name: str) -> None:
     """Print a profile's file."""

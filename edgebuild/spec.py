@@ -248,6 +248,54 @@ class Cluster:
     identity: Identity
 
 
+Bound = Literal["issue", "latency", "cache", "memory", "threads"]
+Resource = Literal["core", "memory", "threads"]
+RESOURCES: Mapping[Bound, Resource] = {
+    "issue": "core",
+    "latency": "core",
+    "cache": "memory",
+    "memory": "memory",
+    "threads": "threads",
+}
+SCALE_BOUNDS = (0.3, 3.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Factors on the seconds that a simulation waits for each resource, fitted to the real device.
+
+    `source` says what was measured, where and when, and how large the error is of what was not fitted.
+    """
+
+    core: float
+    memory: float
+    threads: float
+    source: str
+
+    def scale(self, bound: Bound) -> float:
+        return {"core": self.core, "memory": self.memory, "threads": self.threads}[RESOURCES[bound]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The median latency of an artifact that was measured elsewhere; `model` names `models/MODEL.pte`."""
+
+    model: str
+    artifact_sha256: str
+    threads: int
+    latency: Seconds
+    runs: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What the kit's scripts write: `device` is what the device says of itself."""
+
+    device: str
+    runtime: str
+    measurement: tuple[Timing, ...]
+
+
 @dataclass(frozen=True)
 class Remote:
     """How an ssh target is reached: `host` is any destination that OpenSSH takes, a name of the user's config included.
@@ -268,7 +316,8 @@ class Target:
     `device` names the module of `edgebuild.devices` that runs artifacts for it. `cluster` lists the cores, the ones
     that run the model first; it, `memory` and `threads` are empty for the host, whose figures are measured and not
     written down. `latency_error` is the relative error band of a latency that was simulated and not measured. An ssh
-    target is reached by `ssh`, and its latency predicted by `costs_of`, which a file names.
+    target is reached by `ssh`, and its latency predicted by `costs_of`, which a file names. `calibration` is None where
+    no latency was fitted.
     """
 
     name: str
@@ -281,6 +330,7 @@ class Target:
     threads: Threads | None = None
     latency_error: Percent = Percent(0.0)
     latency_error_source: str = ""
+    calibration: Calibration | None = None
     ssh: Remote | None = None
     costs_of: "Target | None" = None
 
@@ -732,12 +782,16 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Simulation:
-    """One inference on a simulated machine, in the order in which operators ran."""
+    """One inference on a simulated machine, in the order in which operators ran.
+
+    `calibrated` says what the times were fitted to; "" where they were not.
+    """
 
     target: str
     threads: int
     sampled: bool
     operators: tuple[OperatorTime, ...]
+    calibrated: str = ""
 
     @property
     def seconds(self) -> float:

@@ -17,7 +17,7 @@ import msgspec
 from edgebuild import cache
 from edgebuild.devices import machine, toolchain
 from edgebuild.errors import DeviceError
-from edgebuild.spec import Core, OperatorTime, SharedCache, Simulation, Target
+from edgebuild.spec import Calibration, Core, OperatorTime, SharedCache, Simulation, Target
 from edgebuild.units import Bytes
 
 LINE = 64  # bytes; native/simulator/memory.h
@@ -87,8 +87,9 @@ def simulate_methods(
             raise DeviceError(
                 f"{what}: {len(result['operators'])} operators were timed, and {len(operators)} have a name"
             )
-        rows = (_operator(*row, clock) for row in zip(operators, result["operators"], strict=True))
-        found[method] = Simulation(target.name, threads, mode != "--simulate", tuple(rows))
+        rows = (_operator(*row, clock, target.calibration) for row in zip(operators, result["operators"], strict=True))
+        calibrated = target.calibration.source if target.calibration else ""
+        found[method] = Simulation(target.name, threads, mode != "--simulate", tuple(rows), calibrated)
     return found
 
 
@@ -115,6 +116,7 @@ def summary(simulation: Simulation) -> str:
     return (
         f"{instructions / 1e6:,.1f} million instructions, {moved} between caches and memory; the time went to {where}; "
         f"{executed:,} of {pieces:,} pieces of loops were executed and stand for the rest"
+        + (f"; calibrated: {simulation.calibrated}" if simulation.calibrated else "")
     )
 
 
@@ -158,11 +160,13 @@ def _classes(core: Core) -> list[str]:
     return lines
 
 
-def _operator(name: str, found: dict[str, Any], clock: float) -> OperatorTime:
+def _operator(name: str, found: dict[str, Any], clock: float, calibration: Calibration | None) -> OperatorTime:
+    scale = calibration.scale if calibration else lambda bound: 1.0
+    bounds = {bound: scale(bound) * cycles / clock for bound, cycles in found["bounds"].items()}
     return OperatorTime(
         name=name,
-        seconds=found["cycles"] / clock,
-        bounds={bound: cycles / clock for bound, cycles in found["bounds"].items()},
+        seconds=sum(bounds.values()),
+        bounds=bounds,
         instructions={kind: round(count) for kind, count in found["instructions"].items()},
         macs=round(found["macs"]),
         l1_misses=round(found["l1_misses"]),
