@@ -7,7 +7,6 @@ is the runner's half. This module writes the machine down for the plugin, starts
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,10 +48,8 @@ def machine_key(target: Target, threads: int) -> tuple[str, ...]:
     return target.name, description(target, threads), cluster.qemu_cpu, machine.folder(cluster).name, *code
 
 
-def simulate_methods(
-    artifact: Path, target: Target, threads: int, mode: str, methods: Sequence[str] = ()
-) -> dict[str, Simulation]:
-    """Time one inference of each method of a `.pte`, or of those given; `mode` is an option of `native/runner.cpp`."""
+def simulate_methods(artifact: Path, target: Target, threads: int, mode: str) -> dict[str, Simulation]:
+    """Time one inference of each method of a `.pte`; `mode` is an option of `native/runner.cpp`."""
     cluster = target.cluster[0]
     what = f"{Path(artifact).name} simulated on {target.name}"
     with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
@@ -66,7 +63,7 @@ def simulate_methods(
         command = [
             *(str(toolchain.qemu()), "-cpu", cluster.qemu_cpu, "-plugin", plugin),
             *("-L", str(toolchain.library_prefix(toolchain.compiler()))),
-            *("./runner", mode, "model", str(threads), *methods),
+            *("./runner", mode, "model", str(threads)),
         ]
         try:
             done = subprocess.run(

@@ -1,7 +1,7 @@
 // Runs a .pte and answers over its standard input and output: `runner MODEL.pte THREADS`. Without a host,
 // `runner --time MODEL.pte THREADS RUNS` times runs on made-up inputs and prints a line: "latency_ns MEDIAN P95 MIN RUNS".
-// For the simulator, `runner --simulate MODEL.pte THREADS [METHOD...]` runs two inferences of each method, `--sample` the
-// essential parts of two, `--sample-cold` the same with empty caches before the second; they print "method NAME", and the names of
+// For the simulator, `runner --simulate MODEL.pte THREADS` runs two inferences of each method, `--sample` the essential
+// parts of two, `--sample-cold` the same with empty caches before the second; they print "method NAME", and the names of
 // the operators of the second, one a line.
 //
 // Protocol (integers little-endian; the guest is the one that runs this program):
@@ -409,14 +409,13 @@ void time_by_hand(Model &model, uint32_t runs) {
 
 // Each method of the program is run twice, and the second time counts: the first one fills the caches and lets the runtime
 // set itself up. A cold run finds nothing in the caches.
-void simulate(const char *path, bool cold, std::set<std::string> chosen) {
+void simulate(const char *path, bool cold) {
     Module module(path, Module::LoadMode::File, simulation::tracer());
     require(module.load(), "the program cannot be loaded");
     const auto methods = module.method_names();
     require(methods.error(), "the program's methods cannot be named");
-    if (chosen.empty()) chosen.insert(methods->begin(), methods->end());
     simulation::follow();
-    for (const std::string &method : chosen) {
+    for (const std::string &method : std::set<std::string>(methods->begin(), methods->end())) {
         require(module.load_method(method), "a method cannot be loaded");
         const auto meta = module.method_meta(method);
         require(meta.error(), "a method cannot be described");
@@ -445,7 +444,7 @@ int main(int argc, char **argv) {
     const std::string mode = argc > 3 ? argv[1] : "";
     const bool by_hand = mode == "--time", sampled = mode == "--sample" || mode == "--sample-cold";
     const bool simulated = sampled || mode == "--simulate";
-    if (simulated ? argc < 4 : argc != (by_hand ? 5 : 3)) fail("usage: see the head of runner.cpp");
+    if (argc != 3 + (simulated ? 1 : by_hand ? 2 : 0)) fail("usage: see the head of runner.cpp");
     const char *path = argv[mode.empty() ? 1 : 2];
     const int threads = positive(argv[mode.empty() ? 2 : 3], "threads");
     const int runs = by_hand ? positive(argv[4], "runs") : 0;
@@ -458,7 +457,7 @@ int main(int argc, char **argv) {
     }
     if (simulated) {
         simulation::start(static_cast<unsigned>(threads), sampled);
-        simulate(path, mode == "--sample-cold", std::set<std::string>(argv + 4, argv + argc));
+        simulate(path, mode == "--sample-cold");
         return 0;
     }
     Model model(path);

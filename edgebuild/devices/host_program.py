@@ -16,7 +16,7 @@ from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
 from executorch.exir.scalar_type import ScalarType
 
-from edgebuild.devices.probe_layers import Probe, channels_last, method
+from edgebuild.devices.host_probes import Probe, channels_last, method
 
 NO_VALUE, NAMED = (1 << 32) - 1, (1 << 64) - 1
 EXTERNAL_INPUT, EXTERNAL_OUTPUT = 1, 2

@@ -1,7 +1,6 @@
-"""Holds the planner's cost models against whole models: the sum over the layers, and what was measured or simulated.
+"""Holds the host's cost model against whole models: predicted and measured latency, one thread.
 
-    python scripts/bench_layer_costs.py [MODEL ...] [--target T] [--threads N] [--resnet20 FILE.py] [--kept FOLDER]
-                                        [--json FILE]
+    python scripts/bench_host_costs.py [MODEL ...] [--resnet20 FILE.py] [--kept FOLDER] [--json FILE]
 
 A MODEL is a name of torchvision, `digits` (the network of examples/digits) or, with --resnet20, `resnet20-WIDTHS`: one
 base width or, separated by commas, that of each of the three stages and, behind a colon, the inner widths of the
@@ -26,18 +25,15 @@ from torch import Tensor, nn
 from edgebuild import catalog, costs
 from edgebuild.analyse import analyse
 from edgebuild.backends import BACKENDS
-from edgebuild.devices import host, simulator
+from edgebuild.devices import host
 from edgebuild.lift import lift
 from edgebuild.plan import Choice
-from edgebuild.spec import PRECISIONS, ModelFacts, Precision, Target
+from edgebuild.spec import PRECISIONS, ModelFacts, Precision
 from edgebuild.transforms import quantize
 from edgebuild.vision import import_torchvision
 
 RESNETS = ("32", "24", "20", "16", "12", "8", "32,48,64", "16,64,96", "32:50", "32:25", "24,40,104:75")
-DEFAULT = (
-    "digits", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "resnet18", "efficientnet_b0", "mnasnet0_5",
-    "squeezenet1_1", "shufflenet_v2_x1_0", "regnet_y_400mf",
-)  # fmt: skip
+DEFAULT = ("digits", "mobilenet_v2", "mobilenet_v3_small", "resnet18", "efficientnet_b0")
 PASSES, SLICES, SECONDS = 1, 6, 0.2
 QUANTILE = 0.2  # as the calibration takes it: the upper runs tell of other processes
 
@@ -120,29 +116,25 @@ def programs(name: str, resnet_file: Path | None, folder: Path) -> tuple[ModelFa
     return analyse(model, (x,)), x, paths
 
 
-def measure(
-    runs: dict[tuple[str, Precision], tuple[Path, Tensor]], target: Target, threads: int
-) -> dict[tuple[str, Precision], float]:
-    """Seconds of a run of each program: simulated, or the least of a low quantile, over slices of passes over all."""
-    if target.device == "arm":
-        return {key: simulator.simulate(path, target, threads).seconds for key, (path, _) in runs.items()}
+def measure(runs: dict[tuple[str, Precision], tuple[Path, Tensor]]) -> dict[tuple[str, Precision], float]:
+    """Seconds of a run of each program: the least of a low quantile, over slices of passes over all programs."""
+    target = catalog.load_target("host")
     best: dict[tuple[str, Precision], float] = dict.fromkeys(runs, float("inf"))
     for _ in range(PASSES):
         for key, (path, x) in runs.items():
-            with host.load(path, target, threads) as worker:
+            with host.load(path, target, 1) as worker:
                 for _ in range(SLICES):
-                    found, _settled = worker.time((x.numpy(),), "forward", 0.0, SECONDS, cpu=threads == 1)
+                    found, _settled = worker.time((x.numpy(),), "forward", 0.0, SECONDS, cpu=True)
                     best[key] = min(best[key], float(np.quantile(found, QUANTILE)) / 1e9)
     return best
 
 
-def rows(
-    facts: dict[str, ModelFacts], measured: dict[tuple[str, Precision], float], target: Target, threads: int
-) -> list[Row]:
+def rows(facts: dict[str, ModelFacts], measured: dict[tuple[str, Precision], float]) -> list[Row]:
+    target = catalog.load_target("host")
     found: list[Row] = []
     first: dict[tuple[str, Precision], float] = {}
     for (name, precision), seconds in measured.items():
-        predicted = costs.latency(target, threads).of(Choice(facts[name], precision))
+        predicted = costs.latency(target, 1).of(Choice(facts[name], precision))
         family = name.partition("-")[0], precision
         shape = None
         if family in first:
@@ -172,8 +164,6 @@ def main() -> None:
     parser.add_argument("--resnet20", type=Path, help="a file with the class ResNet20")
     parser.add_argument("--kept", type=Path, default=Path("bench-programs"), help="where programs are kept")
     parser.add_argument("--measured", type=Path, help="JSON of an earlier run whose measurements are taken over")
-    parser.add_argument("--target", default="host")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     names = chosen.models or [*DEFAULT, *(f"resnet20-{widths}" for widths in RESNETS if chosen.resnet20)]
@@ -183,10 +173,8 @@ def main() -> None:
     old = json.loads(chosen.measured.read_text()) if chosen.measured else []
     known: dict[tuple[str, Precision], float] = {(row["model"], row["precision"]): row["measured"] for row in old}
     runs = {(name, p): (paths[p], x) for name, (_, x, paths) in made.items() for p in PRECISIONS}
-    target = catalog.load_target(chosen.target)
-    fresh = measure({key: run for key, run in runs.items() if key not in known}, target, chosen.threads)
-    facts = {name: found for name, (found, _, _) in made.items()}
-    found = rows(facts, {k: (known | fresh)[k] for k in runs}, target, chosen.threads)
+    fresh = measure({key: run for key, run in runs.items() if key not in known})
+    found = rows({name: facts for name, (facts, _, _) in made.items()}, {k: (known | fresh)[k] for k in runs})
     show(found)
     if chosen.json:
         chosen.json.write_text(json.dumps([{**asdict(row), "error": row.error} for row in found], indent=1))

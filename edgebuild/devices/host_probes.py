@@ -1,4 +1,4 @@
-"""The layers that a device times or simulates, to learn what every other layer costs (see `layer_model`).
+"""The layers that `host` times on this machine, to learn what every other layer costs (see `host_model`).
 
 They cover what compression makes of the usual networks: widths that pruning leaves behind, small ranks, the two halves
 of a spatial factorization, feature maps from 1x1 to 112x112.
