@@ -86,6 +86,11 @@ def plugin() -> Path:
     return publish(cache.root() / "arm" / f"simulator-{key[:16]}", make) / "simulator.so"
 
 
+def version_of(program: Path) -> str:
+    """The first line of what a program says of its version."""
+    return _first_line([str(program), "--version"])
+
+
 def native_compiler() -> Path:
     """The C++ compiler for this machine, `g++`. Raises MissingEnvironment."""
     return _program("EDGEBUILD_NATIVE_CXX", "g++", "apt-get install -y g++")
