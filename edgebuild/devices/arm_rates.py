@@ -111,11 +111,12 @@ class Known:
         batches: list[list[tuple[str, Probe]]] = []
         for whole in (False, True):
             alike = [item for item in missing if (item[1].layer.op in WHOLE) == whole]
-            count = -(-len(alike) // BATCH)
-            batches += [alike[i::count] for i in range(count)]  # the large layers of a group in different batches
+            parts = -(-len(alike) // BATCH)
+            batches += [alike[i::parts] for i in range(parts)]  # the large layers of a group in different batches
         workers = min(len(batches), len(os.sched_getaffinity(0)))
         if batches:
-            print(f"simulating {len(missing)} layers on {self.target.name} for the cost model", file=sys.stderr)
+            count = f"{len(missing)} layer{'s' if len(missing) > 1 else ''}"
+            print(f"simulating {count} on {self.target.name} for the cost model", file=sys.stderr)
             pool = ThreadPoolExecutor(workers)
             try:
                 running = {

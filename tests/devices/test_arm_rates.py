@@ -71,7 +71,7 @@ def test_what_was_simulated_is_kept_and_what_is_missing_made_up_for(
     _forget()
     monkeypatch.setattr(probes, "everything", lambda: (*few(), probes.Probe(probes.conv(48, 48, 8, 1), "int8", 1)))
     again = arm.layer_latency(FEW[4], "int8", PI, 1)
-    assert capsys.readouterr().err == "simulating 1 layers on raspberry-pi-4 for the cost model\n"
+    assert capsys.readouterr().err == "simulating 1 layer on raspberry-pi-4 for the cost model\n"
     assert again == pytest.approx(value, rel=0.2)
     _forget()
     monkeypatch.setattr(simulator, "simulate_methods", None)
