@@ -8,7 +8,7 @@ from edgebuild.devices import DEVICES
 from edgebuild.footprint import ArtifactKind
 from edgebuild.plan import Choice
 from edgebuild.space import Limit, Phase, Resource
-from edgebuild.spec import BudgetKind, LayerFacts, ModelFacts, Precision, Profile, Target
+from edgebuild.spec import PRECISIONS, BudgetKind, LayerFacts, ModelFacts, Precision, Profile, Target
 
 PLANNED = ("size", "latency", "latency_p95", "latency_p99", "throughput", "peak_memory")
 
@@ -78,7 +78,10 @@ def layer_latency(layer: LayerFacts, precision: Precision, target: Target, threa
     return DEVICES[target.device].layer_latency(layer, precision, target, threads)
 
 
-def warm_up(targets: Sequence[Target], threads: int) -> None:
-    """Let each target's device measure what its predictions rest on, if it must; a second call costs nothing."""
+def warm_up(targets: Sequence[Target], threads: int, facts: ModelFacts) -> None:
+    """Let each target's device find what its predictions of a model rest on, if it must; a second call costs little."""
+    layers = [step for precision in PRECISIONS for step in Choice(facts, precision).layers()]
     for target in targets:
-        layer_latency(LayerFacts("probe", "linear", 8, 8), "fp32", target, threads)
+        device = DEVICES[target.device]
+        device.layer_latencies(layers, target, threads)
+        device.call_latency(target, threads)

@@ -24,6 +24,7 @@ def inspect(
         DEVICES[target.device].check(target)
     model = lift(loaded.task.model, loaded.task.example_inputs)
     facts = check_prunable(model, loaded.task.example_inputs, analyse(model, loaded.task.example_inputs))
+    costs.warm_up(targets, threads, facts)
     group_of = {name: group.name for group in facts.groups for name in group.outputs}
     heads = ["layer", "operator", "output", "parameters", "MACs", "channel group"]
     table = Table(*heads, *(f"{t.name}, {p}" for t in targets for p in ("fp32", "int8")), box=None)

@@ -127,12 +127,12 @@ def _prepared(request: Request, clock: Clock) -> tuple[Loaded, Profile, tuple[Ta
     with clock.stage("devices", f"making {', '.join(target.name for target in targets)} ready"):
         for target in targets:
             DEVICES[target.device].check(target)
-    with clock.stage("calibrate", "timing this machine's kernels (once)"):
-        costs.warm_up(targets, profile.threads)
     with clock.stage("analyse", f"analysing {loaded.name}"):
         model = lift(loaded.task.model, loaded.task.example_inputs)
         profile, findings = _usable(profile, loaded, model)
         base = prepare("model", model, loaded, profile, inputs_digest(loaded), fresh=request.rebuild)
+    with clock.stage("calibrate", "finding what layers cost (once)"):
+        costs.warm_up(targets, profile.threads, base.facts)
     return loaded, profile, targets, base, findings
 
 

@@ -733,9 +733,6 @@ def _factor(
 Method = Literal["measured", "simulated", "estimated", "counted"]
 
 
-Bound = Literal["issue", "latency", "cache", "memory", "threads"]
-
-
 @dataclass(frozen=True)
 class OperatorTime:
     """An operator of an inference on a simulated machine. `layer`: the model's layer that it computes, "" if none.

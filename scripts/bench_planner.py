@@ -157,10 +157,10 @@ def _model(name: str, loaded: Loaded) -> Iterator[dict[str, Any]]:
 def _begin(name: str, loaded: Loaded, profile: Profile, clock: Clock) -> tuple[Base, Original, Planner, Attempt]:
     """Analyse, measure the original and its int8 artifact, correct the planner by both."""
     targets = catalog.targets_of(profile)[:1]
-    costs.warm_up(targets, profile.threads)
     model = lift(loaded.task.model, loaded.task.example_inputs)
     with clock.stage("analyse", f"analysing {name}"):
         base = prepare("model", model, loaded, profile, pipeline.inputs_digest(loaded), fresh=False)
+    costs.warm_up(targets, profile.threads, base.facts)
     original = take_original(base, loaded, profile, targets, clock)
     planner = Planner(base, profile, targets, {}, base.candidates)
     planner = replace(planner, factors=first_factors(planner, original))

@@ -79,9 +79,9 @@ LIGHT = {
     "report",
     "bundle",
 }
-# Apart from the process that an artifact runs in, a program of its own, and what `host_rates` imports when it has to
-# write the program of the layers that are timed.
-HEAVY = {"devices.host_worker", "devices.host_program"}
+# Apart from the process that an artifact runs in, a program of its own, and what `host_rates` and `arm_rates` import
+# when they have to write the program of the layers that are timed.
+HEAVY = {"devices.host_worker", "devices.probe_program"}
 
 
 def sources() -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgebuild.devices import machine, roofline, simulator, toolchain
+from edgebuild.devices import arm_rates, machine, simulator, toolchain
 from edgebuild.devices.device import Arrays
 from edgebuild.devices.guest import Guest, start
 from edgebuild.devices.operators import attributed
@@ -82,23 +82,22 @@ def measure(
 
 
 def layer_latency(layer: LayerFacts, precision: Precision, target: Target, threads: int) -> float:
-    """Predicted seconds of one layer on the cluster that runs the model."""
-    assert target.memory is not None
-    return roofline.seconds(layer, precision, target.cluster[0], target.memory, threads)
+    """Predicted seconds of one layer on the cluster that runs the model, by layers that were simulated."""
+    return float(arm_rates.seconds([(layer, precision)], target, threads)[0])
 
 
 def layer_latencies(
     layers: Sequence[tuple[LayerFacts, Precision]], target: Target, threads: int
 ) -> NDArray[np.float64]:
     """Predicted seconds of each of many layers."""
-    return np.array([layer_latency(layer, precision, target, threads) for layer, precision in layers])
+    return arm_rates.seconds(layers, target, threads)
 
 
 def call_latency(target: Target, threads: int) -> float:
-    """No seconds: the published figures that the roofline was held against do not tell a call from its layers."""
-    return 0.0
+    """Predicted seconds of an inference beside its layers."""
+    return arm_rates.call(target, threads)
 
 
 def calibration_error(target: Target, threads: int) -> tuple[CalibrationError, ...]:
-    """None: the roofline is fitted to nothing."""
-    return ()
+    """How far off the predictions are for layers that they were not fitted to, of the kinds that were asked for."""
+    return arm_rates.errors(target, threads)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as tensors
 
-from edgebuild.devices import host_model, host_probes, host_rates, host_worker, timing
+from edgebuild.devices import host_rates, host_worker, layer_model, probes, timing
 from edgebuild.devices.device import Arrays
 from edgebuild.errors import DeviceError, MissingEnvironment
 from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
@@ -237,7 +237,7 @@ def measure(
 
 
 def layer_latency(layer: LayerFacts, precision: Precision, target: Target, threads: int) -> float:
-    """Predicted seconds of one layer of a `.pte`, by rates that were measured on this machine (see `host_model`)."""
+    """Predicted seconds of one layer of a `.pte`, by rates that were measured on this machine (see `layer_model`)."""
     return float(rates(target, threads).seconds([(layer, precision)])[0])
 
 
@@ -259,23 +259,23 @@ def calibration_error(target: Target, threads: int) -> tuple[CalibrationError, .
 
 
 @cache
-def rates(target: Target, threads: int) -> host_model.Rates:
+def rates(target: Target, threads: int) -> layer_model.Rates:
     """The rates of this machine: stored ones, else measured now, which takes about half a minute."""
     if (known := host_rates.read(threads)) is not None:
         return known
-    probes = host_probes.probes()
-    seconds = np.full(len(probes), inf)
-    with start(host_rates.program(probes), target, threads) as worker:
+    timed = probes.everything()
+    seconds = np.full(len(timed), inf)
+    with start(host_rates.program(timed), target, threads) as worker:
         for _ in range(CALIBRATION_ROUNDS):
-            for i, probe in enumerate(probes):
+            for i, probe in enumerate(timed):
                 x = np.ones(probe.shape, np.int8 if probe.int8_input else np.float32)
-                found, _settled = worker.time((x,), host_probes.method(i), 0.0, CALIBRATION_TIME, cpu=threads == 1)
+                found, _settled = worker.time((x,), probes.method(i), 0.0, CALIBRATION_TIME, cpu=threads == 1)
                 seconds[i] = min(seconds[i], float(np.quantile(found, CALIBRATION_QUANTILE)) / 1e9)
     call = seconds[0]
     samples = [
         (probe.layer, probe.precision, float(total - call) / probe.repeats)
-        for probe, total in zip(probes[1:], seconds[1:], strict=True)
+        for probe, total in zip(timed[1:], seconds[1:], strict=True)
     ]
-    fitted = host_model.fit(samples, float(call))
+    fitted = layer_model.fit(samples, float(call))
     host_rates.write(fitted, threads)
     return fitted

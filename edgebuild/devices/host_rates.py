@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 
 from edgebuild import cache
-from edgebuild.devices.host_model import Rates
-from edgebuild.devices.host_probes import Probe
+from edgebuild.devices.layer_model import Rates
+from edgebuild.devices.probes import Probe
 
-PROGRAM = ("host_probes.py", "host_program.py")
+PROGRAM = ("probes.py", "probe_program.py")
 
 
 def program(probes: tuple[Probe, ...]) -> Path:
@@ -20,9 +20,9 @@ def program(probes: tuple[Probe, ...]) -> Path:
     path = cache.root() / "host" / name
     if path.is_file():
         return path
-    from edgebuild.devices import host_program  # brings in torch, which a machine with known rates need not wait for
+    from edgebuild.devices import probe_program  # brings in torch, which a machine with known rates need not wait for
 
-    return cache.write("host", name, host_program.write(probes))
+    return cache.write("host", name, probe_program.write(probes))
 
 
 def read(threads: int) -> Rates | None:
@@ -40,7 +40,7 @@ def write(rates: Rates, threads: int) -> None:
 
 
 def _name(threads: int) -> str:
-    key = cache.key(_code(*PROGRAM, "host_model.py", "host.py"), _cpu(), version("executorch"), version("torch"))
+    key = cache.key(_code(*PROGRAM, "layer_model.py", "host.py"), _cpu(), version("executorch"), version("torch"))
     return f"rates-{key[:16]}-{threads}.json"
 
 

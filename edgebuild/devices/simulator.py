@@ -44,8 +44,12 @@ def simulate(artifact: Path, target: Target, threads: int, sampled: bool = True)
 def machine_key(target: Target, threads: int) -> tuple[str, ...]:
     """What a simulated time depends on beside the artifact: the machine, and the code that simulates it."""
     cluster = target.cluster[0]
-    code = str(toolchain.plugin().parent.name), str(toolchain.runner().parent.name), toolchain.version_of_qemu()
-    return target.name, description(target, threads), cluster.qemu_cpu, machine.folder(cluster).name, *code
+    return (
+        *(target.name, description(target, threads), cluster.qemu_cpu, machine.folder(cluster).name),
+        *(repr(cluster.clock), repr(target.calibration)),
+        *(toolchain.plugin().parent.name, toolchain.runner().parent.name, toolchain.sdk().name),
+        toolchain.version_of(toolchain.qemu()),
+    )
 
 
 def simulate_methods(artifact: Path, target: Target, threads: int, mode: str) -> dict[str, Simulation]:

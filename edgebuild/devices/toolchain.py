@@ -45,11 +45,6 @@ def qemu() -> Path:
     return _program("EDGEBUILD_QEMU", "qemu-aarch64")
 
 
-def version_of_qemu() -> str:
-    """What the emulator says of itself. Raises MissingEnvironment."""
-    return _first_line([str(qemu()), "--version"])
-
-
 def compiler() -> Path:
     """The C++ compiler for Arm: $EDGEBUILD_CXX, else `aarch64-linux-gnu-g++`. Raises MissingEnvironment."""
     return _program("EDGEBUILD_CXX", "aarch64-linux-gnu-g++")
@@ -91,6 +86,11 @@ def plugin() -> Path:
             )
 
     return publish(_plugin_folder(cc), make) / "simulator.so"
+
+
+def version_of(program: Path) -> str:
+    """The first line of what a program says of its version."""
+    return _first_line([str(program), "--version"])
 
 
 def native_compiler() -> Path:

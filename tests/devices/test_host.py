@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edgebuild import cache, catalog
 from edgebuild.backends import torchscript, xnnpack
-from edgebuild.devices import host, host_probes, host_program, host_rates, host_worker
+from edgebuild.devices import host, host_rates, host_worker, probe_program, probes
 from edgebuild.errors import DeviceError
 from edgebuild.lift import lift
 from edgebuild.spec import PRECISIONS, Target
@@ -336,7 +336,7 @@ def test_a_damaged_store_is_no_rates(measured: Path) -> None:
 
 
 def test_layers_cost_more_where_there_is_more_to_do(measured: Path) -> None:
-    layer = host_probes.conv(64, 64, 16)
+    layer = probes.conv(64, 64, 16)
     seconds = {p: host.layer_latency(layer, p, TARGET, 1) for p in PRECISIONS}
     assert seconds["int8"] > 0 and 0 < seconds["fp32"] < 1
     for precision, value in seconds.items():
@@ -345,7 +345,7 @@ def test_layers_cost_more_where_there_is_more_to_do(measured: Path) -> None:
 
 
 def test_many_layers_at_once_cost_what_they_cost_alone(measured: Path) -> None:
-    layers = [(probe.layer, probe.precision) for probe in host_probes.probes()[1::10]]
+    layers = [(probe.layer, probe.precision) for probe in probes.everything()[1::10]]
     alone = [host.layer_latency(layer, precision, TARGET, 1) for layer, precision in layers]
     np.testing.assert_allclose(host.layer_latencies(layers, TARGET, 1), alone, rtol=1e-9)
     assert min(alone) > 0
@@ -354,7 +354,7 @@ def test_many_layers_at_once_cost_what_they_cost_alone(measured: Path) -> None:
 def test_every_operator_and_an_unknown_one_has_a_price(measured: Path) -> None:
     for op in ("hardswish", "sigmoid", "quantize", "sub", "truediv", "mean", "roll"):
         for precision in PRECISIONS:
-            assert 0 < host.layer_latency(host_probes.plain(op, 32, 8), precision, TARGET, 1) < 1e-2
+            assert 0 < host.layer_latency(probes.plain(op, 32, 8), precision, TARGET, 1) < 1e-2
     assert host.call_latency(TARGET, 1) > 0
 
 
@@ -367,10 +367,10 @@ def test_calibration_tells_how_far_off_it_is(measured: Path) -> None:
 
 
 def test_a_program_of_probes_runs() -> None:
-    layers = (host_probes.conv(8, 8, 6, 3, stride=2), host_probes.plain("hardsigmoid", 4, 5), host_probes.linear(4, 3))
-    probes = tuple(host_probes.Probe(layer, "fp32", 2) for layer in layers)
-    path = cache.write("host", "few.pte", host_program.write(probes))
+    layers = (probes.conv(8, 8, 6, 3, stride=2), probes.plain("hardsigmoid", 4, 5), probes.linear(4, 3))
+    few = tuple(probes.Probe(layer, "fp32", 2) for layer in layers)
+    path = cache.write("host", "few.pte", probe_program.write(few))
     with host.start(path, TARGET, 1) as worker:
-        for i in range(len(probes)):
-            found, _ = worker.time((np.ones(probes[i].shape, np.float32),), host_probes.method(i), 0.0, 0.001)
+        for i in range(len(few)):
+            found, _ = worker.time((np.ones(few[i].shape, np.float32),), probes.method(i), 0.0, 0.001)
             assert len(found) > 0

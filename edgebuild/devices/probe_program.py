@@ -1,4 +1,6 @@
-"""Writes the program that `host` times: an XNNPACK graph for each probe. Only this part needs ExecuTorch's exporter.
+"""Writes the program of the layers that are timed: an XNNPACK graph for each probe.
+
+Only this part needs ExecuTorch's exporter.
 
 The graphs are put together by hand and not lowered from PyTorch modules: that would take a quarter of an hour for as
 many layers, and could not repeat a layer on the same input. The nodes are those that the lowering makes.
@@ -16,7 +18,7 @@ from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
 from executorch.exir.scalar_type import ScalarType
 
-from edgebuild.devices.host_probes import Probe, channels_last, method
+from edgebuild.devices.probes import Probe, channels_last, method
 
 NO_VALUE, NAMED = (1 << 32) - 1, (1 << 64) - 1
 EXTERNAL_INPUT, EXTERNAL_OUTPUT = 1, 2

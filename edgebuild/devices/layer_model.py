@@ -1,4 +1,4 @@
-"""What a layer costs on this machine, learnt from the times of a few hundred layers.
+"""What a layer costs on a machine, learnt from the times of a few hundred layers, measured or simulated.
 
 A layer's time is a sum of terms (`_terms`), each an amount times the seconds for one of its units: multiply-accumulates
 in whole kernel tiles, elements read and written, weights, one for the operator itself. The tiles are those that explain
@@ -85,11 +85,11 @@ class Rates:
         """Predicted seconds of each layer for a single sample."""
         found = np.zeros(len(layers))
         for key, places in _grouped((kind(layer), precision) for layer, precision in layers).items():
-            curve = self.curves.get(key) or self.curves[f"{OTHER}.{key.rpartition('.')[2]}"]
+            curve = self.curves.get(key) or self.curves[other(key)]
             found[places] = curve.seconds(np.array([_dimensions(layers[i][0]) for i in places]))
         # What reads the model's input pays for its copy and for turning it to channels last.
         for i, (layer, precision) in enumerate(layers):
-            if MODEL_INPUT in layer.sources and len(layer.in_shape) == 4:
+            if reads_input(layer):
                 found[i] += float(self.curves[f"input.{precision}"].seconds(np.array([_tensor(layer)]))[0])
         return found
 
@@ -105,6 +105,16 @@ def kind(layer: LayerFacts) -> str:
     if layer.op == "mul" and layer.in_elements < 2 * layer.out_elements:
         return "scale"
     return LIKE.get(layer.op, layer.op)
+
+
+def reads_input(layer: LayerFacts) -> bool:
+    """Whether a layer waits for the model's input to be turned to channels last."""
+    return MODEL_INPUT in layer.sources and len(layer.in_shape) == 4
+
+
+def other(key: str) -> str:
+    """The curve of operators that are like none that was timed, in the precision of a key."""
+    return f"{OTHER}.{key.rpartition('.')[2]}"
 
 
 def _grouped(keys: Iterable[tuple[str, Precision]]) -> dict[str, list[int]]:
@@ -181,19 +191,33 @@ def fit(samples: Sequence[Sample], call: float) -> Rates:
     kept = [sample for sample in samples if sample[2] > 0]
     groups = _grouped((kind(layer), precision) for layer, precision, _ in kept)
     for key, places in groups.items():
-        name, _, _ = key.partition(".")
-        precision = kept[places[0]][1]
-        dimensions = np.array([_dimensions(kept[i][0]) for i in places])
-        seconds = np.array([kept[i][2] for i in places])
-        curve = curves[key] = _curve(dimensions, seconds, _tile(dimensions, seconds, name))
-        errors.append(_error(name, precision, dimensions, seconds, curve))
+        curves[key], error = fit_kind([kept[i] for i in places])
+        errors.append(error)
     for precision in {sample[1] for sample in kept}:
         plain = [s for s in kept if s[1] == precision and not s[0].weighted and s[0].op != "input"]
         if plain:
-            dimensions = np.array([_dimensions(layer) for layer, _, _ in plain])
-            seconds = np.array([s[2] for s in plain])
-            curves[f"{OTHER}.{precision}"] = _curve(dimensions, seconds, Tile(), interpolate=False)
+            curves[f"{OTHER}.{precision}"] = fit_others(plain)
     return Rates(call, curves, tuple(errors))
+
+
+def fit_kind(samples: Sequence[Sample]) -> tuple[Curve, CalibrationError]:
+    """The curve of layers that are all of one kind and precision, and how far off it is on the layers left out."""
+    name, precision = kind(samples[0][0]), samples[0][1]
+    dimensions, seconds = _columns(samples)
+    curve = _curve(dimensions, seconds, _tile(dimensions, seconds, name))
+    return curve, _error(name, precision, dimensions, seconds, curve)
+
+
+def fit_others(samples: Sequence[Sample]) -> Curve:
+    """A curve through operators of many kinds, all without weights."""
+    return _curve(*_columns(samples), Tile(), interpolate=False)
+
+
+def _columns(samples: Sequence[Sample]) -> tuple[Array, Array]:
+    return (
+        np.array([_dimensions(layer) for layer, _, _ in samples]),
+        np.array([seconds for _, _, seconds in samples]),
+    )
 
 
 def _tile(dimensions: Array, seconds: Array, name: str) -> Tile:

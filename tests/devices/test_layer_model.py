@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgebuild.devices import host_model, host_probes, host_rates
-from edgebuild.devices.host_model import Tile
+from edgebuild.devices import host_rates, layer_model, probes
+from edgebuild.devices.layer_model import Tile
 from edgebuild.spec import MODEL_INPUT, PRECISIONS, LayerFacts
 
 TILE = Tile(4, 16, 8, edge=True)
@@ -20,20 +20,20 @@ PLAIN = (2e-7, 5e-11, 1e-9)
 
 def seconds(layer: LayerFacts) -> float:
     """The time of a layer by known coefficients."""
-    kind = host_model.kind(layer)
+    kind = layer_model.kind(layer)
     unit = {"gemm": DENSE, "igemm": DENSE, "depthwise": DEPTHWISE}.get(kind, PLAIN)
-    terms = host_model._terms(np.array([host_model._dimensions(layer)]), TILE)
+    terms = layer_model._terms(np.array([layer_model._dimensions(layer)]), TILE)
     return float(terms[0] @ np.array(unit))
 
 
 @pytest.fixture(scope="module")
-def rates() -> host_model.Rates:
-    samples = [(probe.layer, probe.precision, seconds(probe.layer)) for probe in host_probes.probes()[1:]]
-    return host_model.fit(samples, 5e-6)
+def rates() -> layer_model.Rates:
+    samples = [(probe.layer, probe.precision, seconds(probe.layer)) for probe in probes.everything()[1:]]
+    return layer_model.fit(samples, 5e-6)
 
 
-def test_the_fit_finds_the_times_and_the_tile(rates: host_model.Rates) -> None:
-    layers = [(probe.layer, probe.precision) for probe in host_probes.probes()[1:]]
+def test_the_fit_finds_the_times_and_the_tile(rates: layer_model.Rates) -> None:
+    layers = [(probe.layer, probe.precision) for probe in probes.everything()[1:]]
     found = rates.seconds(layers)
     np.testing.assert_allclose(found, [seconds(layer) for layer, _ in layers], rtol=1e-3)
     for key in ("igemm.fp32", "igemm.int8"):
@@ -41,33 +41,33 @@ def test_the_fit_finds_the_times_and_the_tile(rates: host_model.Rates) -> None:
     assert rates.call == 5e-6
 
 
-def test_layers_that_were_not_timed_are_found_too(rates: host_model.Rates) -> None:
+def test_layers_that_were_not_timed_are_found_too(rates: layer_model.Rates) -> None:
     layers = [
-        host_probes.conv(36, 44, 12),
-        host_probes.conv(100, 28, 20, 1),
-        host_probes.conv(30, 14, 16, (3, 1)),
-        host_probes.depthwise(80, 20),
-        host_probes.linear(300, 70),
-        host_probes.plain("add", 40, 20),
+        probes.conv(36, 44, 12),
+        probes.conv(100, 28, 20, 1),
+        probes.conv(30, 14, 16, (3, 1)),
+        probes.depthwise(80, 20),
+        probes.linear(300, 70),
+        probes.plain("add", 40, 20),
     ]
     found = rates.seconds([(layer, "int8") for layer in layers])
     np.testing.assert_allclose(found, [seconds(layer) for layer in layers], rtol=0.02)
 
 
-def test_leaving_one_out_costs_little_where_the_terms_are_right(rates: host_model.Rates) -> None:
+def test_leaving_one_out_costs_little_where_the_terms_are_right(rates: layer_model.Rates) -> None:
     assert all(error.median < 0.01 for error in rates.errors)
     kinds = {(error.kind, error.precision): error.layers for error in rates.errors}
-    assert kinds["depthwise", "fp32"] == len(host_probes.DEPTHWISE)
-    assert kinds["gemm", "int8"] + kinds["igemm", "int8"] == len(host_probes.DENSE)
+    assert kinds["depthwise", "fp32"] == len(probes.DEPTHWISE)
+    assert kinds["gemm", "int8"] + kinds["igemm", "int8"] == len(probes.DENSE)
 
 
 def test_what_the_terms_miss_is_interpolated() -> None:
     """A kernel that is half as fast above some depth, which no term knows of."""
-    layers = [host_probes.conv(channels, 64, 8) for channels in range(8, 257, 8)]
+    layers = [probes.conv(channels, 64, 8) for channels in range(8, 257, 8)]
     samples = [(layer, "fp32", seconds(layer) * (1 + (layer.in_channels > 100))) for layer in layers]
-    rates = host_model.fit([(layer, "fp32", time) for layer, _, time in samples], 0.0)
-    found = rates.seconds([(host_probes.conv(60, 64, 8), "fp32"), (host_probes.conv(204, 64, 8), "fp32")])
-    expected = [seconds(host_probes.conv(60, 64, 8)), 2 * seconds(host_probes.conv(204, 64, 8))]
+    rates = layer_model.fit([(layer, "fp32", time) for layer, _, time in samples], 0.0)
+    found = rates.seconds([(probes.conv(60, 64, 8), "fp32"), (probes.conv(204, 64, 8), "fp32")])
+    expected = [seconds(probes.conv(60, 64, 8)), 2 * seconds(probes.conv(204, 64, 8))]
     np.testing.assert_allclose(found, expected, rtol=0.1)
 
 
@@ -75,30 +75,30 @@ def test_noise_leaves_no_cost_below_zero_and_more_work_costs_more() -> None:
     noise = np.random.default_rng(0)
     samples = [
         (probe.layer, probe.precision, seconds(probe.layer) * float(noise.uniform(0.8, 1.25)))
-        for probe in host_probes.probes()[1:]
+        for probe in probes.everything()[1:]
     ]
-    rates = host_model.fit(samples, 5e-6)
+    rates = layer_model.fit(samples, 5e-6)
     assert all(min(curve.unit) >= 0 for curve in rates.curves.values())
     for precision in PRECISIONS:
-        widths = [(host_probes.conv(width, width, 16), precision) for width in (1, 16, 128, 1024, 4096)]
+        widths = [(probes.conv(width, width, 16), precision) for width in (1, 16, 128, 1024, 4096)]
         found = rates.seconds(widths)
         assert found[0] > 0 and (np.diff(found) > 0).all()
 
 
-def test_what_reads_the_input_pays_for_it(rates: host_model.Rates) -> None:
-    layer = host_probes.conv(3, 16, 32)
+def test_what_reads_the_input_pays_for_it(rates: layer_model.Rates) -> None:
+    layer = probes.conv(3, 16, 32)
     first = replace(layer, sources=(MODEL_INPUT,))
     inside, outside = rates.seconds([(layer, "fp32"), (first, "fp32")])
-    assert outside - inside == pytest.approx(seconds(host_probes.plain("input", 3, 32)), rel=0.05)
+    assert outside - inside == pytest.approx(seconds(probes.plain("input", 3, 32)), rel=0.05)
 
 
 def test_a_scale_for_each_channel_is_another_kind_than_a_product() -> None:
-    assert host_model.kind(host_probes.plain("mul", 8, 4)) == "mul"
-    assert host_model.kind(host_probes.plain("scale", 8, 4)) == "scale"
+    assert layer_model.kind(probes.plain("mul", 8, 4)) == "mul"
+    assert layer_model.kind(probes.plain("scale", 8, 4)) == "scale"
 
 
 def test_rates_survive_the_store(
-    rates: host_model.Rates, tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    rates: layer_model.Rates, tmp_path: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGEBUILD_CACHE", str(tmp_path))
     assert host_rates.read(3) is None
@@ -107,5 +107,5 @@ def test_rates_survive_the_store(
     assert host_rates.read(2) is None
 
 
-def test_rates_are_data(rates: host_model.Rates) -> None:
-    assert msgspec.json.decode(msgspec.json.encode(rates), type=host_model.Rates) == rates
+def test_rates_are_data(rates: layer_model.Rates) -> None:
+    assert msgspec.json.decode(msgspec.json.encode(rates), type=layer_model.Rates) == rates

@@ -1,4 +1,4 @@
-"""The layers that `host` times on this machine, to learn what every other layer costs (see `host_model`).
+"""The layers that `host` times on this machine, to learn what every other layer costs (see `layer_model`).
 
 They cover what compression makes of the usual networks: widths that pruning leaves behind, small ranks, the two halves
 of a spatial factorization, feature maps from 1x1 to 112x112.
@@ -132,7 +132,7 @@ ONE: dict[str, Precision] = {
 CALL = plain("call", 8, 1)
 
 
-def probes() -> tuple[Probe, ...]:
+def everything() -> tuple[Probe, ...]:
     """Everything that is timed; the first is an empty call."""
     plains = {op: tuple(plain(op, *size) for size in SIZES) for op in (*BOTH, *ONE)}
     inputs = tuple(plain("input", *size) for size in INPUTS)
