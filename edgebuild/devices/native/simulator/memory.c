@@ -157,7 +157,9 @@ struct private {
 struct page {
     uint64_t key, number;
 };
-enum { PAGE_BITS = 12, RECENT_PAGES = 1024 };
+// Memory is taken to be given out in blocks of 64 KiB, the least that spreads over all sets of the caches here. By single
+// pages it would depend on the order of their first touch which sets they share, and samples would not be alike.
+enum { PAGE_BITS = 16, RECENT_PAGES = 1024 };
 
 struct memory {
     struct description d;

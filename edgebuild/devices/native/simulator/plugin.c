@@ -48,6 +48,8 @@ struct share {
     struct tally done, steady_sum;  // of all pieces, of the steady ones since the last gap
     double steady_weight;
     double gap;                     // weight that was left out and is not accounted for yet
+    struct tally filled;            // what all gaps took, by what is known of this core alone
+    double filled_weight;
     struct tally before_gap;        // a unit of weight, in front of it
     struct footprint *footprint[2]; // of the latest two pieces that were recorded
     bool recording;
@@ -133,8 +135,23 @@ static void fill_gap(struct share *share) {
         add(&mean, &share->steady_sum, 0.5 / share->steady_weight);
     }
     mean.value[EXECUTED] = 0;
-    add(&share->done, &mean, share->gap);
+    add(&share->filled, &mean, share->gap);
+    share->filled_weight += share->gap;
     share->gap = 0;
+}
+
+// The cores do alike work, and what one of them took longer for by chance should not make the whole loop wait: the gaps of
+// all are filled by what they took together.
+static void fill_gaps(void) {
+    struct tally together = {{0}};
+    double weight = 0;
+    for (unsigned core = 0; core < sharing; core++) {
+        fill_gap(&shares[core]);
+        add(&together, &shares[core].filled, 1);
+        weight += shares[core].filled_weight;
+    }
+    for (unsigned core = 0; weight > 0 && core < sharing; core++)
+        add(&shares[core].done, &together, shares[core].filled_weight / weight);
 }
 
 static void fork_work(unsigned count) {
@@ -145,8 +162,8 @@ static void fork_work(unsigned count) {
         core_wait(cores[core], fork_cycle, BOUND_THREADS);
         struct share *share = &shares[core];
         share->since = tally_of(core);
-        share->done = share->steady_sum = (struct tally){{0}};
-        share->steady_weight = share->gap = 0;
+        share->done = share->steady_sum = share->filled = (struct tally){{0}};
+        share->steady_weight = share->gap = share->filled_weight = 0;
         share->open = false;
     }
     paused = true;
@@ -185,10 +202,10 @@ static void skip_pieces(unsigned core, double weight, uint64_t pieces) {
 
 static void join_work(void) {
     end_piece();
+    fill_gaps();
     struct tally whole = {{0}};
     double longest = 0;
     for (unsigned core = 0; core < sharing; core++) {
-        fill_gap(&shares[core]);
         if (shares[core].done.value[CYCLES] > longest) longest = shares[core].done.value[CYCLES];
         add(&whole, &shares[core].done, 1);
     }
