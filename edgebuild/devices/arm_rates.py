@@ -32,6 +32,7 @@ FOLDER = "arm"
 BATCH = 24  # layers to a process: starting it takes as long as a few of them
 AROUND = ("set-up of the delegate", "between operators", "end of the inference")
 WHOLE = ("call", "input")  # what is no layer of its own, but part of an inference: simulated as a whole, caches warm
+LEAST_SHARE = 0.01  # of a call, that an input must take above it to be told from it
 LAYERS = Sequence[tuple[LayerFacts, Precision]]
 _WRITING = Lock()  # the exporter is imported once, and not by two threads at a time
 
@@ -81,7 +82,9 @@ class Known:
         by_group: dict[str, list[layer_model.Sample]] = {}
         for layer, precision, taken in timed:
             key = _group(layer, precision)
-            by_group.setdefault(key, []).append((layer, precision, taken - call if layer.op == "input" else taken))
+            own = taken - call if layer.op == "input" else taken
+            if own > LEAST_SHARE * call:  # the smallest inputs drown in the call
+                by_group.setdefault(key, []).append((layer, precision, own))
         for key, members in wanted.items():
             samples = [sample for name in members for sample in by_group[name]]
             if key in self.groups:

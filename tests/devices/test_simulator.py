@@ -45,9 +45,15 @@ def net(tmp_path_factory) -> Path:
     return _export(tmp_path_factory.mktemp("net") / "net.pte", nn.Sequential(*layers), torch.randn(1, 3, 48, 48))
 
 
+def fresh(artifact: Path, target: Target, threads: int, sampled: bool = True) -> Simulation:
+    """A simulation that is not read from the cache."""
+    (found,) = simulator.simulate_methods(artifact, target, threads, "--sample" if sampled else "--simulate").values()
+    return found
+
+
 @pytest.fixture(scope="module")
 def sampled(net, pi) -> dict[int, Simulation]:
-    return {threads: simulator.simulate(net, pi, threads) for threads in (1, 2, 4)}
+    return {threads: fresh(net, pi, threads) for threads in (1, 2, 4)}
 
 
 def _instructions(simulation: Simulation) -> int:
@@ -59,12 +65,12 @@ def test_the_same_from_run_to_run_wherever_the_model_lies(net, pi, sampled, tmp_
     moved.parent.mkdir()
     shutil.copy(net, moved)
     monkeypatch.setenv("SOMETHING_ELSE", "x" * 3000)
-    assert simulator.simulate(moved, pi, 1) == sampled[1]
-    assert simulator.simulate(net, pi, 1) == sampled[1]
+    assert fresh(moved, pi, 1) == sampled[1]
+    assert fresh(net, pi, 1) == sampled[1]
 
 
 def test_what_is_left_out_is_put_in_by_its_neighbours(net, pi, sampled):
-    whole = simulator.simulate(net, pi, 1, sampled=False)
+    whole = fresh(net, pi, 1, sampled=False)
     pieces, executed = (sum(getattr(row, name) for row in sampled[1].operators) for name in ("pieces", "executed"))
     assert executed < pieces
     assert sampled[1].seconds == pytest.approx(whole.seconds, rel=0.02)
@@ -95,7 +101,7 @@ class _Outside(nn.Module):
 
 
 def test_a_model_without_delegate_and_parallel_loops(pi, tmp_path):
-    found = simulator.simulate(_export(tmp_path / "outside.pte", _Outside(), torch.randn(1, 64)), pi, 2)
+    found = fresh(_export(tmp_path / "outside.pte", _Outside(), torch.randn(1, 64)), pi, 2)
     assert any("outside" in row.name and row.seconds > 0 for row in found.operators)
     assert all(row.pieces == 0 for row in found.operators)
 
@@ -104,7 +110,7 @@ def test_a_file_that_is_no_program(pi, tmp_path):
     path = tmp_path / "broken.pte"
     path.write_bytes(b"not a program" * 100)
     with pytest.raises(DeviceError, match=r"broken\.pte simulated on raspberry-pi-5"):
-        simulator.simulate(path, pi, 1)
+        fresh(path, pi, 1)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,7 @@ def test_a_file_that_is_no_program(pi, tmp_path):
 def test_a_missing_program(net, pi, monkeypatch, variable, remedy):
     monkeypatch.setenv(variable, "/nowhere/program")
     with pytest.raises(MissingEnvironment, match=variable) as caught:
-        simulator.simulate(net, pi, 1)
+        fresh(net, pi, 1)
     assert caught.value.remedy == remedy
 
 
@@ -125,13 +131,26 @@ def test_a_description_that_lacks_a_class(net, pi, monkeypatch):
         lambda *given: "".join(line for line in whole(*given).splitlines(True) if "class fma_q" not in line),
     )
     with pytest.raises(DeviceError, match="no class fma_q"):
-        simulator.simulate(net, pi, 1)
+        fresh(net, pi, 1)
 
 
 def test_a_process_that_hangs_is_ended(net, pi, monkeypatch):
     monkeypatch.setattr(simulator, "TIMEOUT", 0.2)
     with pytest.raises(DeviceError, match=r"net\.pte simulated on raspberry-pi-5: not done within 0\.2 s"):
-        simulator.simulate(net, pi, 1)
+        simulator.simulate_methods(net, pi, 1, "--sample")
+
+
+def test_a_result_is_kept_and_a_damaged_one_is_made_anew(net, pi, sampled, empty_cache, monkeypatch):
+    monkeypatch.setattr(simulator, "machine_key", lambda _, threads: (str(threads),))
+    monkeypatch.setattr(simulator, "simulate_methods", lambda *_: {"forward": sampled[1]})
+    first = simulator.simulate(net, pi, 1)
+    monkeypatch.setattr(simulator, "simulate_methods", lambda *_: pytest.fail("simulated again"))
+    assert simulator.simulate(net, pi, 1) == first == sampled[1]
+    monkeypatch.setattr(simulator, "simulate_methods", lambda *_: {"forward": sampled[2]})
+    (path,) = (empty_cache / "arm").glob("simulation-*.json")
+    path.write_bytes(path.read_bytes()[:100])
+    assert simulator.simulate(net, pi, 1) == sampled[2]
+    assert simulator.simulate(net, pi, 2) == sampled[2]  # another machine, another name
 
 
 def test_the_plugin_under_a_sanitizer(net, pi, sampled, monkeypatch, tmp_path):
@@ -142,4 +161,4 @@ def test_the_plugin_under_a_sanitizer(net, pi, sampled, monkeypatch, tmp_path):
     subprocess.run([toolchain.c_compiler(), *flags, *sources, "-o", built], check=True)
     monkeypatch.setattr(toolchain, "plugin", lambda: built)
     for threads in (1, 2):
-        assert simulator.simulate(net, pi, threads) == sampled[threads]
+        assert fresh(net, pi, threads) == sampled[threads]

@@ -349,6 +349,8 @@ def test_a_stream_downward_ends_at_the_first_line(drive):
 
 # ------------------------------------------------------------------------------------------------------ footprints
 
+BLOCK = (1 << 16) // LINE  # lines of a block of memory
+
 
 def test_pieces_that_are_left_out_touch_what_the_two_before_them_let_expect(drive):
     # Line 1000 is read by all pieces; four lines are read from 2000, 2004, ... on, and two written from 9000, 8998, ...
@@ -357,16 +359,16 @@ def test_pieces_that_are_left_out_touch_what_the_two_before_them_let_expect(driv
         script += [f"piece {which} 1000 1 0", f"piece {which} {2000 + 4 * which} 4 0"]
         script += [f"piece {which} {2000 + 4 * which} 4 0", f"piece {which} {9000 - 2 * which} 2 1"]
     script.append("continue 3 100000")
-    # Pages are numbered as they are touched: 63 of 64 lines follow each other, and `holds` wants numbers.
+    # Blocks of memory are numbered as they are touched, and `holds` wants numbers.
     lines = {1000: 1, **dict.fromkeys(range(2008, 2020), 1), **dict.fromkeys(range(8992, 8998), 2)}
     numbers: dict[int, int] = {}
     pieces = ((range(2008 + 4 * i, 2012 + 4 * i), range(8996 - 2 * i, 8998 - 2 * i)) for i in range(3))
     order = [line for piece in pieces for lines_of_run in piece for line in lines_of_run]
     for line in [*order, 1000]:
-        numbers.setdefault(line // 64, len(numbers))
+        numbers.setdefault(line // BLOCK, len(numbers))
     asked = [*lines, 2020]
-    numbers.setdefault(2020 // 64, len(numbers))
-    script += [f"holds 2 {numbers[line // 64] * 64 + line % 64}" for line in asked]
+    numbers.setdefault(2020 // BLOCK, len(numbers))
+    script += [f"holds 2 {numbers[line // BLOCK] * BLOCK + line % BLOCK}" for line in asked]
     alike, *found = drive(CORES["cortex-a72"], *script)
     assert alike == 1
     assert dict(zip(asked, found, strict=True)) == {**lines, 2020: 0}
