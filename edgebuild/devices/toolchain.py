@@ -153,7 +153,7 @@ def library_prefix(cxx: Path) -> Path:
 
 
 def status() -> list[tuple[str, bool, str]]:
-    """Each part: its name, whether it is there, and where it is or how to get it. Fetches and builds nothing."""
+    """Each part: its name, whether it is there or can be built, and where it is or how to get it. Builds nothing."""
     found = []
     for name, find in (("qemu-aarch64", qemu), ("aarch64-linux-gnu-g++", compiler)):
         try:
@@ -169,14 +169,14 @@ def status() -> list[tuple[str, bool, str]]:
         found.append(("executorch for Arm", False, missing.remedy))
     if all(present for _, present, _ in found):
         folder = _runner_folder(compiler())
-        found.append(("Arm runner", folder.is_dir(), str(folder) if folder.is_dir() else "built on first use"))
+        found.append(("Arm runner", True, str(folder) if folder.is_dir() else "will be built on first use"))
     else:
         found.append(("Arm runner", False, "built on first use, once the others are there"))
     try:
         cc = c_compiler()
         folder = _plugin_folder(cc)
         found.append(("cc", True, _first_line([str(cc), "--version"]) or str(cc)))
-        found.append(("simulator", folder.is_dir(), str(folder) if folder.is_dir() else "built on first use"))
+        found.append(("simulator", True, str(folder) if folder.is_dir() else "will be built on first use"))
     except MissingEnvironment as missing:
         found.append(("cc", False, missing.remedy))
         found.append(("simulator", False, "built on first use, once cc is there"))

@@ -1,9 +1,9 @@
 // Stands in front of pthreadpool. While nothing is simulated, every call goes on to the real library.
 //
-// How a loop is cut into calls, and which thread gets which, follows pthreadpool (github.com/google/pthreadpool,
-// src/pthreads.c and src/portable-api.c): the tiles are split evenly, each thread runs through its own from the front.
-// A "dynamic" loop takes half of what is left of a thread's tiles at a time, and joins tiles of the last dimension into
-// one call. Threads do not steal work here: the simulated cores are equal.
+// How a loop is spread over threads follows pthreadpool (github.com/google/pthreadpool, src/pthreads.c): the tiles are split
+// evenly, and each thread runs through its own from the front. Of a "dynamic" loop the tiles of a row go into one call as far
+// as they are a thread's own; how pthreadpool takes them in portions, to let others help, makes no difference to equal
+// cores, which have nothing to steal.
 #include "pool.h"
 
 #include <algorithm>
