@@ -8,13 +8,12 @@
 // the block is freed, a table tells its kind. It holds the blocks that are not the runtime's, which are few: the others
 // need no entry. Its memory comes from mmap, so that it neither counts nor calls the allocator.
 #include "heap.h"
+#include "library.h"
 
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
-#include <link.h>
 #include <malloc.h>
 #include <sched.h>
 #include <sys/mman.h>
@@ -141,17 +140,6 @@ Kind given_back(void *block) {
     return kind;
 }
 
-int find_delegate(dl_phdr_info *library, size_t, void *) {
-    if (std::strstr(library->dlpi_name, "libexecutorch_backend_xnnpack") == nullptr) return 0;
-    for (int i = 0; i < library->dlpi_phnum; ++i) {
-        const auto &part = library->dlpi_phdr[i];
-        if (part.p_type != PT_LOAD || (part.p_flags & PF_X) == 0) continue;
-        delegate_begins = library->dlpi_addr + part.p_vaddr;
-        delegate_ends = library->dlpi_addr + part.p_vaddr + part.p_memsz;
-    }
-    return 1;
-}
-
 }  // namespace
 
 namespace heap {
@@ -172,7 +160,11 @@ void reset_peak() {
 }
 
 void delegate_takes(Kind kind) {
-    if (delegate_ends == 0) dl_iterate_phdr(find_delegate, nullptr);
+    if (delegate_ends == 0) {
+        const Code code = xnnpack_code();
+        delegate_begins = code.begin;
+        delegate_ends = code.end;
+    }
     delegate_kind = kind;
 }
 

@@ -11,13 +11,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <dlfcn.h>
-#include <unistd.h>
 #include <vector>
 
 namespace {
 
 struct {
-    bool on = false, sampled = false, marked = false;
+    bool on = false, sampled = false;
     size_t threads = 1;
 } pool;
 

@@ -1,8 +1,8 @@
 // Runs a .pte and answers over its standard input and output: `runner MODEL.pte THREADS`. Without a host,
 // `runner --time MODEL.pte THREADS RUNS` times runs on made-up inputs and prints a line: "latency_ns MEDIAN P95 MIN RUNS".
 // For the simulator, `runner --simulate MODEL.pte THREADS` runs two inferences of each method, `--sample` the essential
-// parts of two, `--sample-cold` the same with empty caches before the second, `--sample-layers` the same with nothing but
-// the inputs and outputs in the caches; they print "method NAME", and the names of the operators of the second, one a line.
+// parts of two, `--sample-layers` the same with nothing but the inputs and outputs in the caches before the second; they
+// print "method NAME", and the names of the operators of the second, one a line.
 //
 // Protocol (integers little-endian; the guest is the one that runs this program):
 //   guest, once the model is loaded:  u32 MIDR of the first core as cpuinfo read it
@@ -407,9 +407,6 @@ void time_by_hand(Model &model, uint32_t runs) {
             static_cast<unsigned long long>(p95), static_cast<unsigned long long>(nanoseconds[0]), runs);
 }
 
-// What an inference finds in the caches.
-enum class Caches { warm, cold, tensors };
-
 void touch(const Tensor &tensor) {
     constexpr size_t line = 64;
     const auto *bytes = static_cast<const volatile uint8_t *>(tensor.const_data_ptr());
@@ -417,10 +414,10 @@ void touch(const Tensor &tensor) {
 }
 
 // Each method of the program is run twice, and the second time counts: the first one fills the caches and lets the runtime
-// set itself up. A cold run finds nothing in the caches. `tensors` is for a method that is a single layer: inside of a
+// set itself up. `layers` says that each method is a single layer: inside of a
 // model it finds what the layer before has just written, and memory for its output that was in use a moment ago, but not
 // its weights. The time that touching these takes is that of the delegate's set-up.
-void simulate(const char *path, Caches caches) {
+void simulate(const char *path, bool layers) {
     Module module(path, Module::LoadMode::File, simulation::tracer());
     require(module.load(), "the program cannot be loaded");
     const auto methods = module.method_names();
@@ -433,8 +430,8 @@ void simulate(const char *path, Caches caches) {
         const Inputs inputs = made_up_inputs(tensors_of(*meta));
         std::vector<EValue> warmed;
         for (const bool counts : {false, true}) {
-            simulation::begin(counts && caches != Caches::warm);
-            if (counts && caches == Caches::tensors) {
+            simulation::begin(counts && layers);
+            if (counts && layers) {
                 for (const EValue &output : warmed) touch(output.toTensor());
                 for (const TensorPtr &input : inputs.tensors) touch(*input);
             }
@@ -460,7 +457,7 @@ int positive(const char *text, const char *what) {
 int main(int argc, char **argv) {
     const std::string mode = argc > 3 ? argv[1] : "";
     const bool by_hand = mode == "--time", simulated = mode == "--simulate" || mode.starts_with("--sample");
-    const bool sampled = mode.starts_with("--sample"), cold = mode == "--sample-cold", layers = mode == "--sample-layers";
+    const bool sampled = mode.starts_with("--sample"), layers = mode == "--sample-layers";
     if (argc != 3 + (simulated ? 1 : by_hand ? 2 : 0)) fail("usage: see the head of runner.cpp");
     const char *path = argv[mode.empty() ? 1 : 2];
     const int threads = positive(argv[mode.empty() ? 2 : 3], "threads");
@@ -474,7 +471,7 @@ int main(int argc, char **argv) {
     }
     if (simulated) {
         simulation::start(static_cast<unsigned>(threads), sampled);
-        simulate(path, layers ? Caches::tensors : cold ? Caches::cold : Caches::warm);
+        simulate(path, layers);
         return 0;
     }
     Model model(path);

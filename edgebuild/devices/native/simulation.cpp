@@ -1,11 +1,11 @@
 #include "simulation.h"
 
+#include "library.h"
 #include "pool.h"
 
 #include <cstdint>
 #include <cstring>
 #include <ctime>
-#include <link.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -22,24 +22,11 @@ std::vector<size_t> unnamed;      // marks of the delegate's run whose names are
 size_t named = 0;
 bool delegate_runs = false;
 
-struct {
-    uintptr_t begin = 0, end = 0;
-} xnnpack;  // where its library lies
+Code xnnpack;
 
 void end_operator(const char *name) {
     names.emplace_back(name);
     mark(MARK_OPERATOR);
-}
-
-int find_xnnpack(dl_phdr_info *library, size_t, void *) {
-    if (std::strstr(library->dlpi_name, "libexecutorch_backend_xnnpack") == nullptr) return 0;
-    for (int i = 0; i < library->dlpi_phnum; ++i) {
-        const auto &part = library->dlpi_phdr[i];
-        if (part.p_type != PT_LOAD || (part.p_flags & PF_X) == 0) continue;
-        xnnpack.begin = library->dlpi_addr + part.p_vaddr;
-        xnnpack.end = xnnpack.begin + part.p_memsz;
-    }
-    return 1;
 }
 
 void xnnpack_read_the_clock() {
@@ -107,7 +94,7 @@ extern "C" int clock_gettime(clockid_t clock, timespec *time) {
 namespace simulation {
 
 void start(unsigned threads, bool sampled) {
-    dl_iterate_phdr(find_xnnpack, nullptr);
+    xnnpack = xnnpack_code();
     names.reserve(4096);
     unnamed.reserve(4096);
     simulated_pool::enable(threads, sampled);
