@@ -1,0 +1,1 @@
+"""The experiments of `scripts/bench_compression.py`, one module each."""
