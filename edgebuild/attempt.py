@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import fx
@@ -50,8 +50,11 @@ class Attempt:
 
     @property
     def plan(self) -> Plan:
-        """The plan as it was carried out."""
-        return self.proposal.draft if self.draft else self.proposal.plan
+        """The plan as it was carried out: with the steps that were made, where it asked for as many as fit."""
+        if self.draft:
+            return self.proposal.draft
+        plan = self.proposal.plan
+        return replace(plan, distil_steps=plan.distil_steps or self.built.steps) if plan.distil else plan
 
     @property
     def failed(self) -> list[Verdict]:

@@ -177,6 +177,9 @@ def load_profile(name: str) -> Profile:
     path = find("profiles", name)
     table = _read(path)
     budgets = _budgets(table.pop("budgets", {}), path)
+    training = table.get("distillation")
+    if isinstance(training, dict) and "time" in training:
+        training.setdefault("steps", 0)  # as many as fit into the time
     profile: Profile = replace(_decode({**table, "budgets": []}, Profile, path), budgets=budgets)
     for target in _targets(profile, path):
         if profile.artifact == "torchscript" and target.device != "host":

@@ -3,8 +3,29 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+from edgebuild.units import Seconds
 
 Tell = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a training stands. `agreement`: share of the held-out samples with the teacher's class, None without."""
+
+    step: int
+    steps: int
+    loss: float
+    agreement: float | None
+    seconds_left: float
+
+
+Progress = Callable[[Standing], None]
+
+
+def silent(standing: Standing) -> None:
+    """Tells nobody."""
 
 
 class Clock:
@@ -28,10 +49,11 @@ class Clock:
     def tell(self, message: str) -> None:
         self._tell(message, self.elapsed)
 
-    def training(self, step: int, steps: int, loss: float) -> None:
-        """Tell a training's progress, five times in all."""
-        if step % max(1, steps // 5) == 0:
-            self.tell(f"  step {step} of {steps}, loss {loss:.4g}")
+    def training(self, standing: Standing) -> None:
+        """Tell how a training stands."""
+        agreement = "" if standing.agreement is None else f", agreement with the teacher {standing.agreement:.1%}"
+        left = f", {Seconds(round(standing.seconds_left))} left" if standing.step < standing.steps else ""
+        self.tell(f"  step {standing.step} of {standing.steps}, loss {standing.loss:.4g}{agreement}{left}")
 
     @property
     def elapsed(self) -> float:

@@ -264,7 +264,7 @@ def _layer(target: Any, a: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
     if target is aten.batch_norm.default and "running_mean" in tensors:
         mean = tensors["running_mean"]
         layer = nn.BatchNorm2d(len(mean), a["eps"], a["momentum"], affine=weight is not None)
-        layer._check_input_dim = lambda x: None  # one class for every rank that ATen takes
+        layer._check_input_dim = _any_rank  # one class for every rank that ATen takes
         filled = _filled(layer, weight=weight, bias=bias, running_mean=mean, running_var=tensors["running_var"])
         return filled, (a["input"],)
     if target is aten.layer_norm.default:
@@ -275,6 +275,10 @@ def _layer(target: Any, a: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
     if target is aten.dropout.default:
         return nn.Dropout(a["p"]), (a["input"],)
     return None
+
+
+def _any_rank(x: Tensor) -> None:
+    """Module level, so that a lifted model can be pickled."""
 
 
 def _filled(layer: nn.Module, **tensors: Tensor | None) -> nn.Module:

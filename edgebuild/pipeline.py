@@ -19,7 +19,7 @@ from edgebuild.load import Loaded, load
 from edgebuild.loop import Found, improve
 from edgebuild.plan import checked, choice_of
 from edgebuild.propose import Planner, Proposal, askable, fits, frontier, nearest, propose, reachable, start
-from edgebuild.realise import Base, prepare, train
+from edgebuild.realise import Base, lifted_digest, prepare, train
 from edgebuild.space import Limit
 from edgebuild.spec import (
     Cast,
@@ -176,7 +176,8 @@ def _bases(
     inputs = loaded.task.example_inputs
     student = lift(loaded.task.student, inputs)
     with clock.stage("distil", f"distilling the student, {profile.distillation.steps} steps"):
-        trained, how = train(student, original.model, loaded, profile.distillation, profile.seed, clock.training)
+        settings, keep = profile.distillation, cache.key(lifted_digest(student), model.digest, repr(profile))
+        trained, how = train(student, original.model, loaded, settings, profile.seed, clock.training, keep)
     with clock.stage("analyse", "analysing the student"):
         base = prepare("student", lift(trained, inputs), loaded, profile, inputs_digest(loaded), fresh=request.rebuild)
     yield replace(base, training=f"student distilled: {how}")

@@ -232,8 +232,8 @@ def checked(facts: ModelFacts, plan: Plan) -> Plan:
     for what, names in (("factorizes", [form.layer for form in plan.forms]), ("keeps in fp32", list(plan.keep_fp32))):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise SpecError(f"the plan {what} layer {twice!r} twice")
-    if plan.distil and plan.distil_steps < 1:
-        raise SpecError("the plan distils for 0 steps", "give distil_steps, or set distil to false")
+    if plan.distil_steps < 0:
+        raise SpecError(f"the plan distils for {plan.distil_steps} steps", "give 0 for as many as the time allows")
     kept = tuple(
         Width(name, width.channels, width.of) for name, (_, width) in widths.items() if width.channels < width.of
     )

@@ -154,12 +154,13 @@ def losses(candidates: Sequence[Candidate], choice: Choice) -> dict[Technique, f
 
 
 def more_training(last: Proposal, profile: Profile) -> Proposal | None:
-    """The same choice with twice the distillation, or None where that was taken to its end."""
+    """The same choice with twice the distillation, or None where that was taken to its end, or has all the time."""
     steps = profile.distillation.steps
     wanted = 2 * last.plan.distil_steps if last.plan.distil else steps
-    if "distil" not in profile.techniques or wanted > MOST_DISTILLATION * steps:
+    if "distil" not in profile.techniques or wanted > MOST_DISTILLATION * steps or (last.plan.distil and not steps):
         return None
-    why = (*last.plan.why, f"distil, {wanted} steps: with {last.plan.distil_steps} the accuracy budget broke")
+    steps_told = f"{wanted} steps" if wanted else "as long as the profile gives"
+    why = (*last.plan.why, f"distil, {steps_told}: with {last.plan.distil_steps} steps the accuracy budget broke")
     return replace(last, plan=replace(last.plan, distil=True, distil_steps=wanted, why=why))
 
 

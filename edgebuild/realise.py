@@ -12,16 +12,20 @@ from torch import Tensor, fx, nn
 from edgebuild import cache, trials
 from edgebuild.analyse import analyse, check_prunable
 from edgebuild.backends import BACKENDS
+from edgebuild.clock import Progress
 from edgebuild.devices import Arrays
 from edgebuild.environment import versions
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
 from edgebuild.sensitivity import Sensitivity, measure, moments
 from edgebuild.spec import Artifact, Candidate, Distillation, ModelFacts, Plan, Profile, Technique, Trial
+from edgebuild.training.objective import Hint
+from edgebuild.training.run import Lesson, Training
 from edgebuild.transforms import distil, factorize, prune, quantize
 from edgebuild.verify import eager
 
 SENSITIVITY_SAMPLES = 32
+HELD_OUT = 128  # samples by which a training's weights are chosen
 TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at the least, on every shipped core
 
 
@@ -49,12 +53,14 @@ class Built:
     """An artifact, eager PyTorch's outputs for the model that it was lowered from, and how the training went.
 
     `loss`: nats of the softened output distribution from the base's model to what was lowered, on the calibration
-    samples. `losses`: what each technique added to it, in the order of the flow; of an untrained plan alone.
+    samples. `losses`: what each technique added to it, in the order of the flow; of an untrained plan alone. `steps`:
+    of distillation, as they were made.
     """
 
     artifact: Artifact
     expected: tuple[Arrays, ...]
     training: str
+    steps: int
     reused: bool
     loss: float
     losses: Mapping[Technique, float]
@@ -110,7 +116,7 @@ def prepare(
 
 
 def realise(
-    base: Base, plan: Plan, loaded: Loaded, profile: Profile, teacher: fx.GraphModule, progress: distil.Progress
+    base: Base, plan: Plan, loaded: Loaded, profile: Profile, teacher: fx.GraphModule, progress: Progress
 ) -> Built:
     """Build a plan's artifact, or take it from the cache. Raises TransformError, BackendError or TaskError."""
     name = cache.key(base.digest, _settings(plan, profile))
@@ -120,7 +126,7 @@ def realise(
     inputs, samples = loaded.task.example_inputs, loaded.samples[:SENSITIVITY_SAMPLES]
     logits = loaded.task.outputs == "logits"
     backend = BACKENDS[profile.artifact]
-    model, training = base.model, base.training
+    model, training, steps = base.model, base.training, 0
     losses: dict[Technique, float] = {}
     for technique, changed in compress(base, plan, inputs):
         model = changed
@@ -128,8 +134,9 @@ def realise(
             losses[technique] = trials.distance(base.model, model, samples, logits) - sum(losses.values())
     if plan.distil:
         settings = replace(profile.distillation, steps=plan.distil_steps)
-        trained, how = train(model, teacher, loaded, settings, profile.seed, progress)
-        model, training = trained, f"{training}; {how}".lstrip("; ")
+        hints = _hints(base, plan) if base.name == "model" and settings.hint_weight else ()
+        model, how = train(model, teacher, loaded, settings, profile.seed, progress, name, hints)
+        training, steps = f"{training}; {how}".lstrip("; "), how.steps
     lowered: nn.Module = model
     if plan.precision == "int8":
         lowered = quantize.apply(model, inputs, loaded.samples, backend.quantizer(_kept(plan)))
@@ -137,7 +144,7 @@ def realise(
     if plan.precision == "int8" and not plan.distil:
         losses["quantize"] = loss - sum(losses.values())
     artifact = backend.lower(lowered, inputs)
-    built = Built(artifact, tuple(eager(lowered, samples)), training, False, loss, losses, lowered)
+    built = Built(artifact, tuple(eager(lowered, samples)), training, steps, False, loss, losses, lowered)
     _write(name, built)
     return built
 
@@ -163,21 +170,52 @@ def compress(
         yield "factorize", lift(factorize.apply(model, inputs, plan.forms, seen), inputs)
 
 
+def _hints(base: Base, plan: Plan) -> tuple[Hint, ...]:
+    """The features of every channel group that the plan's model shares with its original."""
+    kept = prune.kept_inputs(base.facts, base.sensitivity, plan.widths)
+    factorized = {form.layer for form in plan.forms}
+    hints = []
+    for group in base.facts.groups:
+        readers = prune.readers(group, base.facts)
+        if readers:
+            name = readers[0]
+            channels = kept.get(name, torch.arange(base.facts.layer(name).in_channels))
+            hints.append(Hint(name, f"{name}.0" if name in factorized else name, channels))
+    return tuple(hints)
+
+
 def train(
     model: fx.GraphModule,
     teacher: fx.GraphModule,
     loaded: Loaded,
     settings: Distillation,
     seed: int,
-    progress: distil.Progress,
-) -> tuple[fx.GraphModule, distil.Training]:
-    """Distil the teacher into a model, on the training batches or, where there are none, the calibration inputs."""
-    batches: Callable[[], Any] = loaded.task.train or (lambda: calibration_batches(loaded))
-    labelled = loaded.task.labelled and loaded.task.train is not None
-    logits = loaded.task.outputs == "logits"
-    trained, how = distil.apply(model, teacher, batches, settings, labelled, logits, seed, progress)
+    progress: Progress,
+    keep: str,
+    hints: tuple[Hint, ...] = (),
+) -> tuple[fx.GraphModule, Training]:
+    """Distil the teacher into a model, on the training batches or, where there are none, the calibration inputs.
+
+    `keep` names the training, so that it goes on where it was killed.
+    """
+    lesson = Lesson(
+        settings,
+        labelled=loaded.task.labelled and loaded.task.train is not None,
+        logits=loaded.task.outputs == "logits",
+        seed=seed,
+        hints=hints,
+        held_out=loaded.samples[:: max(1, len(loaded.samples) // HELD_OUT)][:HELD_OUT],
+        keep=keep,
+        digest=lifted_digest(teacher),
+    )
+    trained, how = distil.apply(model, teacher, training_batches(loaded), lesson, progress)
     assert isinstance(trained, fx.GraphModule)
     return trained, how
+
+
+def training_batches(loaded: Loaded) -> Callable[[], Any]:
+    """What gives the batches to train on."""
+    return loaded.task.train or (lambda: calibration_batches(loaded))
 
 
 def calibration_batches(loaded: Loaded, size: int = 32) -> list[tuple[Tensor, ...]]:
@@ -208,7 +246,7 @@ def _write(name: str, built: Built) -> None:
     for s, sample in enumerate(built.expected):
         tensors |= {f"{s:04}.{i}": np.ascontiguousarray(y) for i, y in enumerate(sample)}
     losses = json.dumps({"total": built.loss} | dict(built.losses))
-    about = {"facts": json.dumps(facts), "training": built.training, "losses": losses}
+    about = {"facts": json.dumps(facts), "training": built.training, "steps": str(built.steps), "losses": losses}
     cache.write("built", name, save(tensors, about))
 
 
@@ -229,6 +267,7 @@ def _read(name: str) -> Built | None:
         facts["fallen_back"] = tuple(facts["fallen_back"])
         artifact = Artifact(data=tensors["artifact"].tobytes(), **facts)
         expected, losses = tuple(tuple(outputs) for outputs in samples.values()), json.loads(metadata["losses"])
-        return Built(artifact, expected, metadata["training"], True, losses.pop("total"), losses)
+        total, steps = losses.pop("total"), int(metadata["steps"])
+        return Built(artifact, expected, metadata["training"], steps, True, total, losses)
     except (SafetensorError, KeyError, ValueError, TypeError):
         return None  # damaged: it is made again

@@ -367,16 +367,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Response-based distillation (Hinton et al. 2015, arXiv:1503.02531).
+    """How a student learns from its teacher (Hinton et al. 2015, arXiv:1503.02531; Romero et al. 2015, 1412.6550).
 
-    `steps` fixes the length, so that the same build gives the same bytes; `time` only ends a run that takes too long,
-    and the report says when it did. `teacher_weight` is the share of the softened KL term where labels exist.
+    `steps` fixes the length, so that the same build gives the same bytes; `time` then only ends a training that takes
+    too long. With `steps` 0 a training has as many steps as fit into `time`. `learning_rate`: the peak; 0 for the
+    optimizer's usual one. `teacher_weight`: the share of the softened KL term where there are labels; `hint_weight`:
+    what the error of the features is multiplied by, 0 to leave them out.
     """
 
     steps: int = 400
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.0
     temperature: float = 4.0
     teacher_weight: float = 0.7
+    hint_weight: float = 0.0
     time: Seconds = Seconds(600.0)
 
 

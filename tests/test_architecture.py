@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "catalog": BASE,
     "cache": BASE,
     "inputs": {"cache"},
-    "clock": set(),
+    "clock": {"errors", "units"},
     "environment": set(),
     "doctor": BASE,
     "plan": BASE,
@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rounding": set(),
     "divergence": BASE | {"lift"},
     "sensitivity": BASE | {"lift", "rounding", "divergence"},
-    "transforms": BASE | {"lift", "analyse", "divergence", "sensitivity"},
+    "training": BASE | {"cache", "clock", "lift", "divergence"},
+    "transforms": BASE | {"clock", "training"} | {"lift", "analyse", "divergence", "sensitivity"},
     "trials": BASE | {"lift", "divergence", "sensitivity", "transforms"},
     "backends": BASE | {"lift"},
     "devices": BASE | {"cache"},
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "costs": BASE | {"cache", "plan", "space", "devices", "footprint"},
     "verify": MODEL | {"load", "devices", "backends"},
     "realise": MODEL
-    | {"environment", "load", "cache", "analyse", "sensitivity", "transforms", "trials"}
+    | {"environment", "clock", "training", "load", "cache", "analyse", "sensitivity", "transforms", "trials"}
     | {"backends", "devices", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
@@ -58,7 +59,7 @@ MAY_IMPORT["preview"] = STAGES | {"pipeline"}
 MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "pipeline", "preview"}
 MAY_IMPORT["__main__"] = {"cli"}
 
-FRAMEWORKS = {"torch", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}
+FRAMEWORKS = {"torch", "accelerate", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}
 # These load no framework.
 LIGHT = {
     "errors",

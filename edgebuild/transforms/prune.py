@@ -68,7 +68,7 @@ def repaired(
     for width in chosen:
         group = facts.group(width.group)
         lost = torch.as_tensor(_lost(group, sensitivity, width).copy())
-        for name in _readers(group, facts):
+        for name in readers(group, facts):
             weight = found.get(name)
             if weight is None:
                 weight = model.get_submodule(name).weight.detach()  # type: ignore[operator]
@@ -100,21 +100,25 @@ def _without(weight: Tensor, group: ChannelGroup, slot: Slot, lost: Tensor, mome
 
 def moments_after(facts: ModelFacts, sensitivity: Sensitivity, chosen: Sequence[Width]) -> dict[str, Tensor]:
     """The second moments of what the layers of the pruned model read."""
+    kept = kept_inputs(facts, sensitivity, chosen)
+    return {name: m[kept[name]][:, kept[name]] if name in kept else m for name, m in sensitivity.moments.items()}
+
+
+def kept_inputs(facts: ModelFacts, sensitivity: Sensitivity, chosen: Sequence[Width]) -> dict[str, Tensor]:
+    """For each layer that reads a narrowed group, the indices of the input channels that are left."""
     lost: dict[str, list[int]] = {}
     for width in chosen:
         group = facts.group(width.group)
-        for name in _readers(group, facts):
+        for name in readers(group, facts):
             slot = group.inputs[name]
             for c in _lost(group, sensitivity, width).tolist():
                 lost.setdefault(name, []).extend(range(slot.start + c * slot.each, slot.start + (c + 1) * slot.each))
-    found = {}
-    for name, moments in sensitivity.moments.items():
-        kept = torch.tensor(sorted(set(range(len(moments))) - set(lost.get(name, ()))))
-        found[name] = moments[kept][:, kept]
-    return found
+    return {
+        name: torch.tensor(sorted(set(range(facts.layer(name).in_channels)) - set(gone))) for name, gone in lost.items()
+    }
 
 
-def _readers(group: ChannelGroup, facts: ModelFacts) -> list[str]:
+def readers(group: ChannelGroup, facts: ModelFacts) -> list[str]:
     """The layers that mix the group's channels; a depthwise convolution and operators without weights pass them on."""
     return [name for name in group.inputs if facts.layer(name).weighted and not facts.layer(name).depthwise]
 

@@ -1,0 +1,1 @@
+"""The parts of a training: batches, the teacher's outputs, the loss, the optimizer, checkpoints, processes."""

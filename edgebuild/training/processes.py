@@ -1,0 +1,141 @@
+"""Processes that train together under any launcher (`torchrun`, `accelerate launch`), by Hugging Face's accelerate.
+
+The first process runs the build; the others wait for trainings to take part in. All of them make the same batches, and
+each trains on its part of every batch: with the gradients' mean and shared batch statistics, that is the training of
+one process.
+"""
+
+import os
+import pickle
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+PATIENCE = timedelta(hours=24)  # that a process waits for the first one, which lowers and measures between trainings
+
+
+def count() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number; 0 leads."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@cache
+def accelerator() -> Any:
+    """This process's accelerate.Accelerator; the first call joins the others."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+def device() -> torch.device:
+    """Where this process trains."""
+    if count() > 1:
+        found: torch.device = accelerator().device
+        return found
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tell(work: Any) -> None:
+    """From the first process: hand the others what to do next; None lets them go."""
+    if count() > 1 and rank() == 0:
+        _broadcast([pickle.dumps(work)])
+
+
+def wait() -> Any:
+    """In the other processes: what to do next, or None at the end."""
+    return pickle.loads(_broadcast([None])[0])  # from a process of the same launch
+
+
+def agree(value: float) -> float:
+    """The first process's value, in all of them: what depends on time must not differ."""
+    return float(_broadcast([value])[0]) if count() > 1 else value
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over the processes."""
+    if count() == 1:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value / count()
+
+
+def part(inputs: tuple[Tensor, ...], labels: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None, float]:
+    """This process's rows of a batch, and by what its mean loss counts in the mean over all rows."""
+    if count() == 1:
+        return inputs, labels, 1.0
+    rows = len(inputs[0])
+    if rows < count():
+        return inputs, labels, 1.0  # too few to share: each trains on all of them
+    cut = slice(rank() * rows // count(), (rank() + 1) * rows // count())
+    share = (cut.stop - cut.start) * count() / rows
+    return tuple(x[cut] for x in inputs), labels[cut] if labels is not None else None, share
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    """The model for training with the others: gradients are averaged, batch statistics are of the whole batch."""
+    return accelerator().prepare_model(model) if count() > 1 else model
+
+
+def shared_norms(model: nn.Module) -> None:
+    """Give every batch norm of a model the statistics of all processes' rows. PyTorch's own does so on GPUs alone."""
+    if count() > 1:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                model.set_submodule(name, SharedBatchNorm(module))
+
+
+def own_norms(model: nn.Module) -> None:
+    """Undo `shared_norms`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SharedBatchNorm):
+            model.set_submodule(name, module.norm)
+
+
+class SharedBatchNorm(nn.Module):
+    """A batch norm over all processes' rows (Ioffe and Szegedy 2015, arXiv:1502.03167), in training."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_reduce
+
+        norm = self.norm
+        if not norm.training or norm.running_mean is None or norm.running_var is None:
+            result: Tensor = norm(x)
+            return result
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        sums = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
+        sums = all_reduce(sums)
+        rows, average = sums[-1].detach(), sums[:-1] / sums[-1].detach()
+        centred = x - average.view(shape)
+        variance = all_reduce(centred.square().sum(dims)) / rows
+        with torch.no_grad():
+            share = norm.momentum if norm.momentum is not None else 0.1
+            norm.running_mean.lerp_(average.to(norm.running_mean.dtype), share)
+            norm.running_var.lerp_((variance * rows / (rows - 1)).to(norm.running_var.dtype), share)
+        scaled: Tensor = centred * (variance + norm.eps).rsqrt().view(shape)
+        if norm.weight is not None:
+            scaled = scaled * norm.weight.view(shape) + norm.bias.view(shape)
+        return scaled
+
+
+def _broadcast(values: list[Any]) -> list[Any]:
+    from accelerate.utils import broadcast_object_list
+
+    accelerator()
+    found: list[Any] = broadcast_object_list(values, from_process=0)
+    return found

@@ -1,0 +1,349 @@
+"""One training, from its first step or its last checkpoint to its end."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from edgebuild.clock import Progress, Standing
+from edgebuild.divergence import divergence
+from edgebuild.lift import outputs_of
+from edgebuild.spec import Distillation
+from edgebuild.training import checkpoint, optimizer, processes
+from edgebuild.training.objective import Hint, Watched, feature_loss, objective
+from edgebuild.training.stream import Stream
+from edgebuild.training.teacher import Teacher
+
+REPORTS = 10  # times that a training tells how it stands
+PROBED_STEPS = 4  # to see how fast it is; the first, which warms up, does not count
+CHECKPOINT = 30.0  # seconds between checkpoints
+LATE = 1.1  # times the time given, beyond which the rest of the schedule is shortened
+EMA_SPAN = 0.02  # of the steps, over which the weights are averaged
+BF16_GAIN = 1.2  # times faster than fp32, to be worth its rounding
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How close a student is to its teacher on the held-out samples: nats, and the share with its class (or None)."""
+
+    divergence: float
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a training went.
+
+    `kept`: what was closest to the teacher on the held-out samples: the "last" weights, their "average", or those of
+    the "start"; `before` and `after` say how close. `recalled`: share of the teacher's batches that were kept from
+    before.
+    """
+
+    steps: int
+    asked: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+    how: str
+    kept: str = "last"
+    before: Closeness | None = None
+    after: Closeness | None = None
+    recalled: float = 0.0
+
+    def __str__(self) -> str:
+        cut = "" if self.steps == self.asked else f" of {self.asked}: the time limit ended it"
+        parts = [f"{self.steps} steps{cut}", self.how, f"loss {self.first_loss:.4g} -> {self.last_loss:.4g}"]
+        if self.before and self.after and self.before.agreement is not None and self.after.agreement is not None:
+            parts.append(f"agreement with the teacher {self.before.agreement:.1%} -> {self.after.agreement:.1%}")
+        if self.kept != "last":
+            kept = {"average": "the averaged weights", "start": "the weights from before, which were closer"}[self.kept]
+            parts.append(f"kept: {kept}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is trained on, apart from the batches.
+
+    `held_out`: samples of batch size 1, by which the weights to keep are chosen. `keep`: the name of the training's
+    checkpoints, "" for none; `digest`: the teacher's, for keeping its outputs, "" for none.
+    """
+
+    settings: Distillation
+    labelled: bool
+    logits: bool
+    seed: int
+    hints: tuple[Hint, ...] = ()
+    held_out: tuple[tuple[Tensor, ...], ...] = ()
+    keep: str = ""
+    digest: str = ""
+
+
+Batch = tuple[tuple[Tensor, ...], Tensor | None, float]
+
+
+class Diverged(Exception):
+    """The loss is not finite any more."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(f"loss {loss} at step {step}")
+        self.step, self.loss = step, loss
+
+
+class Run:
+    """A training; `finish()` carries it out. `rate` 0 takes the optimizer's usual one."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        batches: Callable[[], Iterable[Any]],
+        lesson: Lesson,
+        rate: float,
+        progress: Progress,
+    ):
+        self.lesson, self.settings, self.teacher = lesson, lesson.settings, teacher
+        self.progress = progress
+        self.student = student
+        self.device = processes.device()
+        self.model = copy.deepcopy(student).train()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        self.channels_last = any(isinstance(module, nn.Conv2d) for module in self.model.modules())
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(self.device)
+        if teacher is not None:
+            teacher.model.to(self.device)
+        processes.shared_norms(self.model)
+        self.optimizer, self.name = optimizer.make(self.model, rate)
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        self.stream = Stream(batches, lesson.labelled, lesson.seed)
+        self.losses: list[float] = []
+        self.step = 0
+        self.spent = 0.0  # seconds of the runs before a kill
+        state = checkpoint.read(lesson.keep) if lesson.keep else None
+        if state is not None and state["rate"] != self.rate:
+            state = None
+        self.bf16, self.steps = False, 0
+        self.bf16, self.steps = (state["bf16"], state["steps"]) if state else self._measured(batches)
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(2.0, EMA_SPAN * self.steps)), use_buffers=True
+        )
+        self.began = time.monotonic()
+        torch.manual_seed(lesson.seed)
+        if state:
+            self._resume(state)
+        self.trained = processes.prepared(self.model)  # computes what `model` does, and shares the gradients
+
+    # ------------------------------------------------------------------------------------------------- the steps
+
+    def finish(self) -> tuple[nn.Module, Training]:
+        """Train to the end; the trained model and how it went. Raises Diverged."""
+        before = self._close(self.student.to(self.device))
+        watched = self._watch()
+        saved = time.monotonic()
+        while self.step < self.steps:
+            self._one(watched)
+            seconds = self.spent + time.monotonic() - self.began
+            if self.step % max(1, self.steps // REPORTS) == 0:
+                self._report(seconds)
+            if self.lesson.keep and processes.rank() == 0 and time.monotonic() - saved > CHECKPOINT:
+                self._save(seconds)
+                saved = time.monotonic()
+            if self.settings.steps and processes.agree(seconds) > self.settings.time:
+                break
+        for part in watched:
+            part.close()
+        kept, model, after = self._best(before)
+        if self.lesson.keep:
+            checkpoint.remove(self.lesson.keep)
+        window = max(1, min(20, len(self.losses) // 4))
+        first, last = (sum(part) / max(len(part), 1) for part in (self.losses[:window], self.losses[-window:]))
+        seen = self.teacher.computed + self.teacher.recalled if self.teacher else 0
+        training = Training(
+            steps=self.step,
+            asked=self.steps,
+            first_loss=first,
+            last_loss=last,
+            seconds=self.spent + time.monotonic() - self.began,
+            how=self._how(),
+            kept=kept,
+            before=before,
+            after=after,
+            recalled=self.teacher.recalled / seen if self.teacher and seen else 0.0,
+        )
+        return model, training
+
+    def _how(self) -> str:
+        how = f"{self.name} with a peak rate of {self.rate:g}{' in bf16' if self.bf16 else ''}"
+        return how + (f", {processes.count()} processes" if processes.count() > 1 else "")
+
+    def _report(self, seconds: float) -> None:
+        left = seconds / self.step * (self.steps - self.step)
+        close = self._close(self.model)
+        self.progress(Standing(self.step, self.steps, self.losses[-1], close.agreement if close else None, left))
+        self._shorten(seconds, left)
+
+    def _one(self, watched: tuple[Watched, ...]) -> None:
+        batch = self._placed(*next(self.stream))
+        taught: tuple[Tensor, ...] = ()
+        if self.teacher is not None:
+            taught = self.teacher.outputs(batch[0]) if watched else self.teacher(batch[0])
+        loss = self._loss(batch, taught, self.trained)
+        if watched and self.teacher is not None:
+            features = feature_loss(self.lesson.hints, watched[0].read, watched[1].read, self.teacher.model)
+            loss = loss + self.settings.hint_weight * features * batch[2]
+        whole = float(processes.mean(loss.detach()))
+        if not math.isfinite(whole):
+            raise Diverged(self.step, whole)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * optimizer.share_of_rate(self.step, self.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        self.losses.append(whole)
+
+    def _placed(self, inputs: tuple[Tensor, ...], labels: Tensor | None) -> Batch:
+        """This process's part of a batch where it is computed, and by what its loss counts in the mean of all parts."""
+        inputs, labels, weight = processes.part(inputs, labels)
+        inputs = tuple(x.to(self.device) for x in inputs)
+        if self.channels_last:
+            inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+        return inputs, labels.to(self.device) if labels is not None else None, weight
+
+    def _loss(self, batch: Batch, taught: tuple[Tensor, ...], model: nn.Module) -> Tensor:
+        inputs, labels, weight = batch
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            results = outputs_of(model(*inputs))
+        taught = tuple(y.to(self.device) for y in taught)
+        return objective(tuple(y.float() for y in results), taught, labels, self.settings, self.lesson.logits) * weight
+
+    def _watch(self) -> tuple[Watched, ...]:
+        if not self.lesson.hints or self.teacher is None or not self.settings.hint_weight:
+            return ()
+        return (
+            Watched(self.model, tuple(hint.student_layer for hint in self.lesson.hints)),
+            Watched(self.teacher.model, tuple(hint.layer for hint in self.lesson.hints)),
+        )
+
+    def _shorten(self, seconds: float, left: float) -> None:
+        """Fit what is left of the schedule into the time that is left, where the machine got slower than it was."""
+        late = not self.settings.steps and seconds + left > LATE * self.settings.time
+        if processes.agree(late):
+            fitting = (self.settings.time - seconds) / seconds * self.step
+            self.steps = self.step + max(1, int(processes.agree(fitting)))
+
+    # ------------------------------------------------------------------------------------------- what comes of it
+
+    def _close(self, model: nn.Module) -> Closeness | None:
+        """How close a model is to the teacher on the held-out samples; None without a teacher or samples."""
+        if self.teacher is None or not self.lesson.held_out:
+            return None
+        batch = tuple(torch.cat(column).to(self.device) for column in zip(*self.lesson.held_out, strict=True))
+        with _evaluating(model), torch.no_grad():
+            found = [y.cpu() for y in outputs_of(model(*batch))]
+        wanted = [y.cpu() for y in self.teacher(batch)]
+        agreement = float((found[0].argmax(-1) == wanted[0].argmax(-1)).float().mean()) if self.lesson.logits else None
+        return Closeness(divergence(wanted, found, self.lesson.logits), agreement)
+
+    def _best(self, before: Closeness | None) -> tuple[str, nn.Module, Closeness | None]:
+        """The weights closest to the teacher on the held-out samples: their name, a model with them, how close."""
+        average: nn.Module = self.average.module
+        found = [("last", self.model, self._close(self.model))]
+        if before is not None and self.step:
+            found += [("average", average, self._close(average)), ("start", copy.deepcopy(self.student), before)]
+        name, model, close = min(found, key=lambda row: row[2].divergence if row[2] else 0.0)
+        processes.own_norms(model)
+        model = model.cpu().eval()
+        if self.channels_last:
+            model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return name, model, close
+
+    # ------------------------------------------------------------------------------------- speed and checkpoints
+
+    def _measured(self, batches: Callable[[], Iterable[Any]]) -> tuple[bool, int]:
+        """Whether bf16 is faster on this machine, and how many steps fit into the time given."""
+        settings = self.settings
+        able = torch.cpu.get_capabilities()
+        bf16 = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+        if settings.steps and not bf16:
+            return False, settings.steps
+        learning, teaching = self._seconds(batches, False)
+        if bf16:
+            faster, _ = self._seconds(batches, True)
+            bf16 = faster * BF16_GAIN < learning
+            learning = faster if bf16 else learning
+        if settings.steps:
+            return bf16, settings.steps
+        kept = self.teacher.kept if self.teacher else 0
+        steps = settings.time / learning
+        if steps > kept:  # the teacher has to compute the batches beyond those that it kept
+            steps = kept + max(0.0, settings.time - kept * learning) / (learning + teaching)
+        return bf16, max(1, int(steps))
+
+    def _seconds(self, batches: Callable[[], Iterable[Any]], bf16: bool) -> tuple[float, float]:
+        """Seconds of a step of a copy of the student, making the batch included, and of the teacher for it."""
+        self.bf16 = bf16
+        scratch = copy.deepcopy(self.model)
+        updates, _ = optimizer.make(scratch, self.rate)
+        average = AveragedModel(scratch, use_buffers=True)
+        stream = Stream(batches, self.lesson.labelled, self.lesson.seed)
+        learning, teaching = [], []
+        for _ in range(PROBED_STEPS):
+            began = time.monotonic()
+            batch = self._placed(*next(stream))
+            made = time.monotonic()
+            taught = self.teacher.outputs(batch[0]) if self.teacher is not None else ()
+            told = time.monotonic()
+            updates.zero_grad(set_to_none=True)
+            self._loss(batch, taught, scratch).backward()
+            updates.step()
+            average.update_parameters(scratch)
+            learning.append(time.monotonic() - told + made - began)
+            teaching.append(told - made)
+        return processes.agree(min(learning[1:])), processes.agree(min(teaching[1:]))
+
+    def _save(self, seconds: float) -> None:
+        state = {
+            "step": self.step,
+            "steps": self.steps,
+            "rate": self.rate,
+            "bf16": self.bf16,
+            "seconds": seconds,
+            "losses": self.losses,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": torch.get_rng_state(),
+        }
+        checkpoint.write(self.lesson.keep, state)
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.spent, self.losses = state["step"], state["seconds"], state["losses"]
+        self.stream.skip(self.step)
+        torch.set_rng_state(state["generator"])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a block."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
