@@ -91,6 +91,7 @@ def _options(
 
 @app.command()
 def build(
+    context: typer.Context,
     task: TaskArgument,
     profile: ProfileOption,
     output: Annotated[
@@ -117,7 +118,18 @@ def build(
     """Build TASK until it meets every budget of a profile, and write the bundle.
 
     Exit codes: 0 all budgets met, 1 a budget broken, 2 bad usage or input, 3 no feasible plan, 4 something is missing.
+
+    Under a launcher of several processes (torchrun, accelerate launch) they train together.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from edgebuild.training import processes
+
+        if processes.rank() > 0:
+            from edgebuild import pipeline
+
+            _hush()
+            return pipeline.follow(task, weights, calibration)
+        context.call_on_close(lambda: processes.tell(None))
     from rich.console import Console
 
     from edgebuild import bundle, cache, catalog, environment, inputs

@@ -1,5 +1,6 @@
 """The flow: load -> analyse -> plan -> prune/factorize -> distil -> quantize -> lower -> verify -> report -> bundle."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from edgebuild.load import Loaded, load
 from edgebuild.loop import Found, improve
 from edgebuild.plan import checked, choice_of
 from edgebuild.propose import Planner, Proposal, askable, fits, frontier, nearest, propose, reachable, start
-from edgebuild.realise import Base, lifted_digest, prepare, train
+from edgebuild.realise import Base, lifted_digest, prepare, train, training_batches
 from edgebuild.space import Limit
 from edgebuild.spec import (
     Cast,
@@ -36,6 +37,7 @@ from edgebuild.spec import (
     Solve,
     Target,
 )
+from edgebuild.transforms import distil
 
 BUNDLED_VECTORS = 8
 
@@ -117,6 +119,12 @@ def build(request: Request, tell: Tell) -> Report:
         clock.tell(f"writing {request.output}")
         bundle.write(request.output, _files(made, found, loaded))
     return made
+
+
+def follow(task: str, weights: str | None, calibration: str | None) -> None:
+    """In every process but the first of a launch: take part in the trainings of its build."""
+    loaded = functools.cache(lambda: load(task, weights, calibration))
+    distil.follow(lambda: training_batches(loaded())())
 
 
 def _prepared(request: Request, clock: Clock) -> tuple[Loaded, Profile, tuple[Target, ...], Base, tuple[Finding, ...]]:

@@ -76,7 +76,8 @@ def part(inputs: tuple[Tensor, ...], labels: Tensor | None) -> tuple[tuple[Tenso
         return inputs, labels, 1.0
     rows = len(inputs[0])
     if rows < count():
-        return inputs, labels, 1.0  # too few to share: each trains on all of them
+        # too few to share: each trains on all of them, and only the running variances come out a hair different
+        return inputs, labels, 1.0
     cut = slice(rank() * rows // count(), (rank() + 1) * rows // count())
     share = (cut.stop - cut.start) * count() / rows
     return tuple(x[cut] for x in inputs), labels[cut] if labels is not None else None, share
@@ -126,6 +127,8 @@ class SharedBatchNorm(nn.Module):
         with torch.no_grad():
             share = norm.momentum if norm.momentum is not None else 0.1
             norm.running_mean.lerp_(average.to(norm.running_mean.dtype), share)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
             norm.running_var.lerp_((variance * rows / (rows - 1)).to(norm.running_var.dtype), share)
         scaled: Tensor = centred * (variance + norm.eps).rsqrt().view(shape)
         if norm.weight is not None:

@@ -227,7 +227,9 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             results = outputs_of(model(*inputs))
         taught = tuple(y.to(self.device) for y in taught)
-        return objective(tuple(y.float() for y in results), taught, labels, self.settings, self.lesson.logits) * weight
+        if self.bf16:
+            results = tuple(y.float() for y in results)
+        return objective(results, taught, labels, self.settings, self.lesson.logits) * weight
 
     def _watch(self) -> tuple[Watched, ...]:
         if not self.lesson.hints or self.teacher is None or not self.settings.hint_weight:
