@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from task import BATCH, HERE, accuracy, batches, load
 from torch import nn
 
+from edgebuild.clock import Standing
 from edgebuild.spec import Distillation
+from edgebuild.training.run import Lesson
 from edgebuild.transforms import distil
 from edgebuild.units import Seconds
 
@@ -20,24 +22,18 @@ MODELS: dict[str, type[nn.Module]] = {"teacher": Teacher, "student": Student, "s
 EPOCHS = {"teacher": 4, "student": 8, "student-distilled": 8}
 
 
-def report(step: int, steps: int, loss: float) -> None:
-    if step % 200 == 0:
-        print(f"  step {step}/{steps}  loss {loss:.4f}", flush=True)
+def report(standing: Standing) -> None:
+    print(f"  step {standing.step}/{standing.steps}  loss {standing.loss:.4f}", flush=True)
 
 
 def train(name: str, teacher: nn.Module | None, epochs: int, seed: int) -> nn.Module:
     """A model trained on the labels, and on the teacher's outputs where there is a teacher."""
     images, labels = load(train=True)
     torch.manual_seed(seed)
+    settings = Distillation(steps=epochs * -(-len(images) // BATCH), learning_rate=3e-3, time=Seconds("inf"))
+    lesson = Lesson(settings, labelled=True, logits=True, seed=seed)
     model, training = distil.apply(
-        MODELS[name](),
-        teacher,
-        lambda: batches(images, labels, epochs, seed),
-        Distillation(steps=epochs * -(-len(images) // BATCH), learning_rate=3e-3, time=Seconds("inf")),
-        labelled=True,
-        logits=True,
-        seed=seed,
-        progress=report,
+        MODELS[name](), teacher, lambda: batches(images, labels, epochs, seed), lesson, report
     )
     with torch.inference_mode():
         print(f"{name}: {training}, test accuracy {accuracy(model.eval(), *load(train=False)):.4f}")
