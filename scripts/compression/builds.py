@@ -1,5 +1,6 @@
 """Builds for the experiments, by edgebuild itself, and what their reports say."""
 
+import json
 import os
 import tempfile
 import time
@@ -51,7 +52,7 @@ def build(
     """Build a task for a profile made of budgets; `training` is how long a training takes, as "15 min"."""
     lines = [f'name = "{name}"', f'title = "{name}"', 'target = "host"', 'artifact = "pte"', "threads = 1", extra]
     if techniques:
-        lines.append(f"techniques = [{', '.join(f'"{technique}"' for technique in techniques)}]")
+        lines.append(f"techniques = {json.dumps(techniques)}")
     lines += ["[budgets]", *(f'{key} = "{value}"' for key, value in budgets.items())]
     if training:
         lines += ["[distillation]", f'time = "{training}"']

@@ -6,7 +6,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from compression import cifar  # noqa: E402
-
 from edgebuild.task import Task  # noqa: E402
 
 
