@@ -21,7 +21,7 @@ from edgebuild.sensitivity import Sensitivity, measure, moments
 from edgebuild.spec import Artifact, Candidate, Distillation, ModelFacts, Plan, Profile, Technique, Trial
 from edgebuild.training.objective import Hint
 from edgebuild.training.run import Lesson, Training
-from edgebuild.transforms import distil, factorize, prune, quantize
+from edgebuild.transforms import distil, factorize, norms, prune, quantize
 from edgebuild.verify import eager
 
 SENSITIVITY_SAMPLES = 32
@@ -128,7 +128,7 @@ def realise(
     backend = BACKENDS[profile.artifact]
     model, training, steps = base.model, base.training, 0
     losses: dict[Technique, float] = {}
-    for technique, changed in compress(base, plan, inputs):
+    for technique, changed in compress(base, plan, loaded):
         model = changed
         if not plan.distil:
             losses[technique] = trials.distance(base.model, model, samples, logits) - sum(losses.values())
@@ -155,19 +155,27 @@ def _kept(plan: Plan) -> tuple[str, ...]:
     return (*plan.keep_fp32, *factors)
 
 
-def compress(
-    base: Base, plan: Plan, inputs: tuple[Tensor, ...]
-) -> Iterator[tuple[Literal["prune", "factorize"], fx.GraphModule]]:
+def compress(base: Base, plan: Plan, loaded: Loaded) -> Iterator[tuple[Literal["prune", "factorize"], fx.GraphModule]]:
     """The model once pruned, then factorized as well; lifted again, so that the factors are layers of their own."""
-    model = base.model
+    model, inputs = base.model, loaded.task.example_inputs
     if plan.widths:
         model = prune.apply(model, inputs, base.facts, base.sensitivity, plan.widths)
         if not plan.forms:
             model = lift(model, inputs)
-        yield "prune", model
+        yield "prune", _normed(base, model, loaded)
     if plan.forms:
         seen = prune.moments_after(base.facts, base.sensitivity, plan.widths)
-        yield "factorize", lift(factorize.apply(model, inputs, plan.forms, seen), inputs)
+        model = lift(factorize.apply(model, inputs, plan.forms, seen), inputs)
+        yield "factorize", _normed(base, model, loaded)
+
+
+def _normed(base: Base, model: fx.GraphModule, loaded: Loaded) -> fx.GraphModule:
+    """The model with its norms restated, where that brings it closer to the base's."""
+    samples, logits = loaded.samples[:SENSITIVITY_SAMPLES], loaded.task.outputs == "logits"
+    restated = norms.restated(model, loaded.samples)
+    if restated is model:
+        return model
+    return min((restated, model), key=lambda m: trials.distance(base.model, m, samples, logits))
 
 
 def _hints(base: Base, plan: Plan) -> tuple[Hint, ...]:

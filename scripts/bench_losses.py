@@ -175,7 +175,7 @@ def build(base: realise.Base, plan: Sequence[Candidate], loaded: Loaded, held_ou
     """The KL divergence (nats) of the plan's model from the original."""
     inputs, forms = loaded.task.example_inputs, plan_of(plan).forms
     model = base.model
-    for _, changed in realise.compress(base, plan_of(plan), inputs):
+    for _, changed in realise.compress(base, plan_of(plan), loaded):
         model = changed
     cast = {candidate.choice.layer for candidate in plan if isinstance(candidate.choice, Cast)}
     if cast:

@@ -1,0 +1,47 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from edgebuild import trials
+from edgebuild.lift import lift
+from edgebuild.transforms import norms
+
+SAMPLES = tuple((x,) for x in (torch.randn(70, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 + 0.5).split(1))
+
+
+def test_statistics_are_those_of_the_samples(small_net):
+    model = lift(small_net, SAMPLES[0])
+    again = norms.restated(model, SAMPLES[:64])
+    norm, before = again.get_submodule("block.bn1"), model.get_submodule("block.bn1")
+    seen = []
+    handle = norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    again(torch.cat([x for (x,) in SAMPLES[:64]]))
+    handle.remove()
+    assert torch.allclose(norm.running_mean, seen[0].mean((0, 2, 3)), atol=1e-4)
+    assert not again.training and norm.momentum == before.momentum == 0.1
+    assert not torch.equal(norm.running_mean, before.running_mean)
+
+
+def test_what_surgery_shifted_comes_back(small_net):
+    model = norms.restated(lift(small_net, SAMPLES[0]), SAMPLES)
+    shifted = copy.deepcopy(model)
+    shifted.get_submodule("block.conv1").weight.data *= 3
+    before, after = (
+        trials.distance(model, other, SAMPLES, True) for other in (shifted, norms.restated(shifted, SAMPLES))
+    )
+    assert after < 1e-3 * before
+
+
+def test_what_has_no_norms_or_no_free_batch_is_left_alone(small_net):
+    plain = lift(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), SAMPLES[0])
+    assert norms.restated(plain, SAMPLES) is plain
+    model = lift(small_net, SAMPLES[0])
+    assert norms.restated(model, []) is model
+
+
+@pytest.mark.parametrize("count", [1, 64, 65])
+def test_any_number_of_samples(small_net, count):
+    again = norms.restated(lift(small_net, SAMPLES[0]), SAMPLES[:count])
+    assert torch.isfinite(again(SAMPLES[0][0])).all()
