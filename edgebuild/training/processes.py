@@ -9,11 +9,13 @@ import os
 import pickle
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Value = TypeVar("Value")
 
 PATIENCE = timedelta(hours=24)  # that a process waits for the first one, which lowers and measures between trainings
 
@@ -56,9 +58,10 @@ def wait() -> Any:
     return pickle.loads(_broadcast([None])[0])  # from a process of the same launch
 
 
-def agree(value: float) -> float:
-    """The first process's value, in all of them: what depends on time must not differ."""
-    return float(_broadcast([value])[0]) if count() > 1 else value
+def agree(value: Value) -> Value:
+    """The first process's value, in all of them: what depends on time or on files must not differ."""
+    found: Value = _broadcast([value])[0] if count() > 1 else value
+    return found
 
 
 def mean(value: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Run:
         self.losses: list[float] = []
         self.step = 0
         self.spent = 0.0  # seconds of the runs before a kill
-        state = checkpoint.read(lesson.keep) if lesson.keep else None
+        state = processes.agree(checkpoint.read(lesson.keep) if lesson.keep else None)
         if state is not None and state["rate"] != self.rate:
             state = None
         self.bf16, self.steps = False, 0
@@ -147,22 +147,16 @@ class Run:
 
     def finish(self) -> tuple[nn.Module, Training]:
         """Train to the end; the trained model and how it went. Raises Diverged."""
-        before = self._close(self.student.to(self.device))
+        before = self._close(copy.deepcopy(self.student).to(self.device))
         watched = self._watch()
-        saved = time.monotonic()
-        while self.step < self.steps:
-            self._one(watched)
-            seconds = self.spent + time.monotonic() - self.began
-            if self.step % max(1, self.steps // REPORTS) == 0:
-                self._report(seconds)
-            if self.lesson.keep and processes.rank() == 0 and time.monotonic() - saved > CHECKPOINT:
-                self._save(seconds)
-                saved = time.monotonic()
-            if self.settings.steps and processes.agree(seconds) > self.settings.time:
-                break
-        for part in watched:
-            part.close()
+        try:
+            self._steps(watched)
+        finally:
+            for part in watched:
+                part.close()
         kept, model, after = self._best(before)
+        if self.teacher is not None:
+            self.teacher.model.cpu()
         if self.lesson.keep:
             checkpoint.remove(self.lesson.keep)
         window = max(1, min(20, len(self.losses) // 4))
@@ -191,6 +185,19 @@ class Run:
         close = self._close(self.model)
         self.progress(Standing(self.step, self.steps, self.losses[-1], close.agreement if close else None, left))
         self._shorten(seconds, left)
+
+    def _steps(self, watched: tuple[Watched, ...]) -> None:
+        saved = time.monotonic()
+        while self.step < self.steps:
+            self._one(watched)
+            seconds = self.spent + time.monotonic() - self.began
+            if self.step % max(1, self.steps // REPORTS) == 0:
+                self._report(seconds)
+            if self.lesson.keep and processes.rank() == 0 and time.monotonic() - saved > CHECKPOINT:
+                self._save(seconds)
+                saved = time.monotonic()
+            if self.settings.steps and processes.agree(seconds) > self.settings.time:
+                break
 
     def _one(self, watched: tuple[Watched, ...]) -> None:
         batch = self._placed(*next(self.stream))
