@@ -95,10 +95,18 @@ def techniques(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": builds.as_json(rows)}
 
 
+def example(options: argparse.Namespace) -> dict[str, Any]:
+    rows = builds.example(options.experiment)
+    print(builds.table(rows))
+    return {"rows": builds.as_json(rows)}
+
+
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "cifar": cifar,
     "techniques": techniques,
     "mnist": lambda options: mnist.run(options.seeds),
+    "keywords": example,
+    "transformer": example,
     "resume": resume.run,
 }
 

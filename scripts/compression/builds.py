@@ -46,8 +46,6 @@ def build(
     training: str = "",
     techniques: tuple[Technique, ...] = (),
     extra: str = "",
-    student: bool = False,
-    plan: Path | None = None,
 ) -> Row:
     """Build a task for a profile made of budgets; `training` is how long a training takes, as "15 min"."""
     lines = [f'name = "{name}"', f'title = "{name}"', 'target = "host"', 'artifact = "pte"', "threads = 1", extra]
@@ -59,12 +57,22 @@ def build(
     with tempfile.TemporaryDirectory(prefix="edgebuild-bench-") as folder:
         profile = Path(folder) / f"{name}.toml"
         profile.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        request = pipeline.Request(
-            str(task), str(profile), Path(folder) / "bundle", student=student, plan=str(plan) if plan else None
-        )
+        return run(name, task, profile)
+
+
+def run(name: str, task: Path, profile: Path) -> Row:
+    """Build a task for a profile."""
+    with tempfile.TemporaryDirectory(prefix="edgebuild-bench-") as folder:
+        request = pipeline.Request(str(task), str(profile), Path(folder) / "bundle")
         began = time.monotonic()
         report = pipeline.build(request, lambda message, seconds: print(f"  {seconds:7.1f}  {message}", flush=True))
         return row(name, report, time.monotonic() - began)
+
+
+def example(name: str) -> list[Row]:
+    """An example of the repository, built for each of its profiles."""
+    folder = HERE.parent.parent / "examples" / name
+    return [run(profile.stem, folder, profile) for profile in sorted((folder / "profiles").glob("*.toml"))]
 
 
 def row(name: str, report: Report, seconds: float) -> Row:
