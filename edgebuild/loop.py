@@ -197,7 +197,12 @@ def first_factors(planner: Planner, original: Original) -> Factors:
 
 
 def corrected(planner: Planner, attempt: Attempt) -> Planner:
-    """The planner after an attempt: costs scaled to what was found, losses to what an untrained plan really lost."""
+    """The planner after an attempt: costs scaled to what was found, losses to what an untrained plan really lost.
+
+    What was found of another scheme than the base's says nothing of the plans to come.
+    """
+    if attempt.plan.precision == "int8" and attempt.plan.scheme != planner.base.scheme:
+        return planner
     factors = dict(planner.factors)
     for verdict in attempt.verdicts:
         key = (verdict.kind, verdict.target)
@@ -233,6 +238,7 @@ def _round(number: int, attempt: Attempt, factors: Factors) -> Round:
         loss=attempt.built.loss,
         score=attempt.accuracy.artifact if attempt.accuracy else None,
         training=attempt.built.training,
+        quantization=attempt.built.quantization,
         solve=attempt.proposal.solve,
         corrections={
             f"{kind} {target}".strip(): round(factor, 4) for (kind, target), factor in sorted(factors.items())

@@ -1,7 +1,7 @@
 """Carries out a plan: prune, factorize, distil, quantize, lower. What it makes is kept in the cache, by content."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,11 +17,25 @@ from edgebuild.environment import versions
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
 from edgebuild.sensitivity import Sensitivity, measure, moments
-from edgebuild.spec import Artifact, Candidate, Distillation, ModelFacts, Plan, Profile, Technique, Trial
+from edgebuild.spec import (
+    SCHEMES,
+    Artifact,
+    Candidate,
+    Distillation,
+    ModelFacts,
+    Plan,
+    Profile,
+    Scheme,
+    Technique,
+    Trial,
+)
+from edgebuild.task import Module
 from edgebuild.transforms import distil, factorize, prune, quantize
 from edgebuild.verify import eager
 
 SENSITIVITY_SAMPLES = 32
+MOSTLY_LINEAR = 0.6  # of the MACs: from there on int8 ranged at run time and 4-bit groups are worth a trial
+QAT_RATE = 0.3  # of the distillation's learning rate: the weights are to move by steps of their rounding
 TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at the least, on every shipped core
 
 
@@ -29,8 +43,8 @@ TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at
 class Base:
     """A model to compress, analysed: the task's own, or its student once it has been distilled.
 
-    The candidates' losses are calibrated by `trials`. `digest` covers the weights and all inputs that a realised plan
-    depends on; `fresh` takes nothing from the cache.
+    The candidates' losses are calibrated by `trials`, for int8 in the `scheme` that loses less. `digest` covers the
+    weights and all inputs that a realised plan depends on; `fresh` takes nothing from the cache.
     """
 
     name: str
@@ -42,11 +56,12 @@ class Base:
     fresh: bool = False
     training: str = ""
     trials: tuple[Trial, ...] = ()
+    scheme: Scheme = "static"
 
 
 @dataclass(frozen=True)
 class Built:
-    """An artifact, eager PyTorch's outputs for the model that it was lowered from, and how the training went.
+    """An artifact, eager PyTorch's outputs for the model that it was lowered from, how training and quantizing went.
 
     `loss`: nats of the softened output distribution from the base's model to what was lowered, on the calibration
     samples. `losses`: what each technique added to it, in the order of the flow; of an untrained plan alone.
@@ -58,6 +73,7 @@ class Built:
     reused: bool
     loss: float
     losses: Mapping[Technique, float]
+    quantization: str = ""
     lowered: nn.Module | None = field(default=None, compare=False)  # None where the artifact came from the cache
 
     @property
@@ -95,18 +111,22 @@ def prepare(
     if "quantize" in techniques:
         candidates += quantize.candidates(facts, found)
     quantizer = BACKENDS[profile.artifact].quantizer
-    tried = trials.run(
-        model,
-        facts,
-        found,
-        candidates,
-        samples,
-        lambda few: quantize.apply(model, inputs, few, quantizer()),
-        logits,
-        profile.seed,
-    )
+
+    def quantized(scheme: Scheme) -> Callable[[Sequence[tuple[Tensor, ...]]], nn.Module]:
+        return lambda few: quantize.apply(model, inputs, few, quantizer((), scheme), logits).model
+
+    schemes = SCHEMES if profile.artifact == "pte" and _linear_share(facts) > MOSTLY_LINEAR else SCHEMES[:1]
+    ways = {scheme: quantized(scheme) for scheme in schemes}
+    tried = trials.run(model, facts, found, candidates, samples, ways, logits, profile.seed)
+    scheme = trials.scheme_of(tried)
+    candidates = trials.rescaled(candidates, trials.of_scheme(tried, scheme))
     digest = cache.key(lifted_digest(model), inputs_digest)
-    return Base(name, model, facts, found, trials.rescaled(candidates, tried), digest, fresh, trials=tried)
+    return Base(name, model, facts, found, candidates, digest, fresh, trials=tried, scheme=scheme)
+
+
+def _linear_share(facts: ModelFacts) -> float:
+    """The linear layers' share of the multiply-accumulates."""
+    return sum(layer.macs for layer in facts.layers if layer.op == "linear") / max(1, facts.macs)
 
 
 def realise(
@@ -131,15 +151,45 @@ def realise(
         trained, how = train(model, teacher, loaded, settings, profile.seed, progress)
         model, training = trained, f"{training}; {how}".lstrip("; ")
     lowered: nn.Module = model
+    quantization = ""
     if plan.precision == "int8":
-        lowered = quantize.apply(model, inputs, loaded.samples, backend.quantizer(_kept(plan)))
+        quantized = _quantized(model, plan, loaded, profile, teacher, progress)
+        lowered, quantization = quantized.model, quantized.how
     loss = trials.distance(base.model, lowered, samples, logits)
-    if plan.precision == "int8" and not plan.distil:
+    if plan.precision == "int8" and not plan.distil and not plan.qat_steps:
         losses["quantize"] = loss - sum(losses.values())
     artifact = backend.lower(lowered, inputs)
-    built = Built(artifact, tuple(eager(lowered, samples)), training, False, loss, losses, lowered)
+    built = Built(artifact, tuple(eager(lowered, samples)), training, False, loss, losses, quantization, lowered)
     _write(name, built)
     return built
+
+
+def _quantized(
+    model: fx.GraphModule,
+    plan: Plan,
+    loaded: Loaded,
+    profile: Profile,
+    teacher: fx.GraphModule,
+    progress: distil.Progress,
+) -> quantize.Quantized:
+    inputs, logits = loaded.task.example_inputs, loaded.task.outputs == "logits"
+    quantizer = BACKENDS[profile.artifact].quantizer(_kept(plan), plan.scheme)
+    if not plan.qat_steps:
+        return quantize.apply(model, inputs, loaded.samples, quantizer, logits)
+    shown, held = quantize.split(loaded.samples)
+    settings = replace(
+        profile.distillation, steps=plan.qat_steps, learning_rate=QAT_RATE * profile.distillation.learning_rate
+    )
+    return quantize.finish(
+        model,
+        teacher,
+        inputs,
+        shown,
+        held,
+        quantizer,
+        logits,
+        lambda fake: train(fake, teacher, replace(loaded, samples=tuple(shown)), settings, profile.seed, progress),
+    )
 
 
 def _kept(plan: Plan) -> tuple[str, ...]:
@@ -164,19 +214,19 @@ def compress(
 
 
 def train(
-    model: fx.GraphModule,
+    model: Module,
     teacher: fx.GraphModule,
     loaded: Loaded,
     settings: Distillation,
     seed: int,
     progress: distil.Progress,
-) -> tuple[fx.GraphModule, distil.Training]:
+) -> tuple[Module, distil.Training]:
     """Distil the teacher into a model, on the training batches or, where there are none, the calibration inputs."""
     batches: Callable[[], Any] = loaded.task.train or (lambda: calibration_batches(loaded))
     labelled = loaded.task.labelled and loaded.task.train is not None
     logits = loaded.task.outputs == "logits"
     trained, how = distil.apply(model, teacher, batches, settings, labelled, logits, seed, progress)
-    assert isinstance(trained, fx.GraphModule)
+    assert isinstance(trained, type(model))
     return trained, how
 
 
@@ -208,7 +258,12 @@ def _write(name: str, built: Built) -> None:
     for s, sample in enumerate(built.expected):
         tensors |= {f"{s:04}.{i}": np.ascontiguousarray(y) for i, y in enumerate(sample)}
     losses = json.dumps({"total": built.loss} | dict(built.losses))
-    about = {"facts": json.dumps(facts), "training": built.training, "losses": losses}
+    about = {
+        "facts": json.dumps(facts),
+        "training": built.training,
+        "quantization": built.quantization,
+        "losses": losses,
+    }
     cache.write("built", name, save(tensors, about))
 
 
@@ -229,6 +284,8 @@ def _read(name: str) -> Built | None:
         facts["fallen_back"] = tuple(facts["fallen_back"])
         artifact = Artifact(data=tensors["artifact"].tobytes(), **facts)
         expected, losses = tuple(tuple(outputs) for outputs in samples.values()), json.loads(metadata["losses"])
-        return Built(artifact, expected, metadata["training"], True, losses.pop("total"), losses)
+        return Built(
+            artifact, expected, metadata["training"], True, losses.pop("total"), losses, metadata["quantization"]
+        )
     except (SafetensorError, KeyError, ValueError, TypeError):
         return None  # damaged: it is made again
