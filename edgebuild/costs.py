@@ -8,7 +8,7 @@ from edgebuild.devices import DEVICES
 from edgebuild.footprint import ArtifactKind
 from edgebuild.plan import Choice
 from edgebuild.space import Limit, Phase, Resource
-from edgebuild.spec import PRECISIONS, BudgetKind, LayerFacts, ModelFacts, Precision, Profile, Target
+from edgebuild.spec import PRECISIONS, BudgetKind, LayerFacts, ModelFacts, Precision, Profile, Scheme, Target
 
 PLANNED = ("size", "latency", "latency_p95", "latency_p99", "throughput", "peak_memory")
 
@@ -16,7 +16,9 @@ PLANNED = ("size", "latency", "latency_p95", "latency_p99", "throughput", "peak_
 Factors = dict[tuple[str, str], float]  # measured / predicted, by (kind of budget, target)
 
 
-def limits(profile: Profile, targets: Sequence[Target], facts: ModelFacts, factors: Factors) -> tuple[Limit, ...]:
+def limits(
+    profile: Profile, targets: Sequence[Target], facts: ModelFacts, factors: Factors, scheme: Scheme = "static"
+) -> tuple[Limit, ...]:
     """The budgets that a plan can be made for, each with its cost; `factors` corrects them by what was measured."""
     found = []
     for budget in profile.budgets:
@@ -24,23 +26,37 @@ def limits(profile: Profile, targets: Sequence[Target], facts: ModelFacts, facto
             continue
         bound = 1 / budget.bound if budget.kind == "throughput" else budget.bound
         for target in targets if budget.kind != "size" else targets[:1]:
-            found.append(limit(budget.kind, target, bound, profile, facts, factors))
+            found.append(limit(budget.kind, target, bound, profile, facts, factors, scheme))
     return tuple(found)
 
 
 def limit(
-    kind: BudgetKind, target: Target, bound: float, profile: Profile, facts: ModelFacts, factors: Factors
+    kind: BudgetKind,
+    target: Target,
+    bound: float,
+    profile: Profile,
+    facts: ModelFacts,
+    factors: Factors,
+    scheme: Scheme = "static",
 ) -> Limit:
     """A bound on what a kind of budget costs on a target; a throughput is bounded by its inverse, in seconds."""
     name = "" if kind == "size" else target.name
-    cost = {"size": lambda: size(facts, profile.artifact), "peak_memory": lambda: peak_memory(facts, profile.artifact)}
+    cost = {
+        "size": lambda: size(facts, profile.artifact, scheme),
+        "peak_memory": lambda: peak_memory(facts, profile.artifact),
+    }
     resource = cost.get(kind, lambda: latency(target, profile.threads))()
     return Limit(kind, name, bound, resource, factors.get((kind, name), 1.0))
 
 
-def size(facts: ModelFacts, artifact: ArtifactKind = "pte") -> Resource:
-    """Bytes of the artifact: the empty file and the sum over the layers. A `.pte` takes a few hundred bytes less."""
-    return Resource(lambda layer, precision: footprint.layer_bytes(layer, precision, artifact), _file(facts, artifact))
+def size(facts: ModelFacts, artifact: ArtifactKind = "pte", scheme: Scheme = "static") -> Resource:
+    """Bytes of the artifact: the empty file and the sum over the layers. A `.pte` takes a few hundred bytes less.
+
+    Of all costs this is the one that a scheme changes: time and memory are taken to be those of static int8.
+    """
+    return Resource(
+        lambda layer, precision: footprint.layer_bytes(layer, precision, artifact, scheme), _file(facts, artifact)
+    )
 
 
 def peak_memory(facts: ModelFacts, artifact: ArtifactKind = "pte") -> Resource:

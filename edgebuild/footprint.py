@@ -16,7 +16,7 @@ from functools import cache
 from math import prod
 from typing import Literal
 
-from edgebuild.spec import LayerFacts, Precision
+from edgebuild.spec import GROUP, LayerFacts, Precision, Scheme
 
 ArtifactKind = Literal["pte", "torchscript"]
 
@@ -72,9 +72,11 @@ def file_bytes(images: bool, kind: ArtifactKind = "pte") -> int:
 
 
 @cache
-def layer_bytes(layer: LayerFacts, precision: Precision, kind: ArtifactKind = "pte") -> int:
+def layer_bytes(layer: LayerFacts, precision: Precision, kind: ArtifactKind = "pte", scheme: Scheme = "static") -> int:
     """Bytes that a layer adds to an artifact."""
-    stored = constants(layer, precision) if layer.weighted else ()
+    if scheme == "8da4w" and layer.op != "linear":
+        precision = "fp32"
+    stored = constants(layer, precision, scheme) if layer.weighted else ()
     if kind == "torchscript":
         wider = 8 * layer.out_channels if precision == "int8" else 0
         return _SCRIPT_WEIGHTED[precision] + wider + sum(stored) if layer.weighted else _SCRIPT_OPERATOR
@@ -87,11 +89,17 @@ def layer_bytes(layer: LayerFacts, precision: Precision, kind: ArtifactKind = "p
     return said + sum(_padded(size, SEGMENT) for size in stored)
 
 
-def constants(layer: LayerFacts, precision: Precision) -> tuple[int, ...]:
-    """Bytes of each constant of a layer with weights: weights and bias; in int8 a scale for each channel of both."""
+def constants(layer: LayerFacts, precision: Precision, scheme: Scheme = "static") -> tuple[int, ...]:
+    """Bytes of each constant of a layer with weights: weights and bias; in int8 a scale for each channel of both.
+
+    4-bit weights have a bf16 scale for each group.
+    """
     channels = 4 * layer.out_channels
     if precision == "fp32":
         return (4 * layer.weights, channels) if layer.bias else (4 * layer.weights,)
+    if scheme == "8da4w" and layer.in_channels % GROUP == 0:
+        stored = (layer.weights // 2, 2 * layer.weights // GROUP)
+        return (*stored, channels) if layer.bias else stored
     return (layer.weights, channels, channels, channels) if layer.bias else (layer.weights, channels)
 
 

@@ -56,9 +56,12 @@ _VIEWS = {
 }
 
 
-def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """Export in eval mode with the inputs' shapes. Raises TaskError with the exporter's reason."""
-    return _export(module, inputs, None)
+def export(module: nn.Module, inputs: tuple[Tensor, ...], free_batch: bool = False) -> ExportedProgram:
+    """Export in eval mode with the inputs' shapes, or for batches of any size. Raises TaskError with the reason."""
+    if not free_batch:
+        return _export(module, inputs, None)
+    two = tuple(torch.cat([x, x]) if x.dim() else x for x in inputs)
+    return _export(module, two, tuple({0: Dim.AUTO} if x.dim() else None for x in inputs))
 
 
 def lift(model: nn.Module | ExportedProgram, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
@@ -70,11 +73,10 @@ def lift(model: nn.Module | ExportedProgram, inputs: tuple[Tensor, ...]) -> fx.G
     if isinstance(model, ExportedProgram):
         program = model
     else:
-        two = tuple(torch.cat([x, x]) if x.dim() else x for x in inputs)
         try:
-            program = _export(model, two, tuple({0: Dim.AUTO} if x.dim() else None for x in inputs))
+            program = export(model, inputs, free_batch=True)
         except TaskError:
-            program = _export(model, inputs, None)
+            program = export(model, inputs)
     lifted = _rebuild(program)
     _check(model, lifted, inputs)
     return lifted

@@ -21,6 +21,7 @@ from edgebuild.propose import (
     propose,
     reachable,
     start,
+    with_rounding,
 )
 from edgebuild.realise import Base
 from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
@@ -109,9 +110,12 @@ def _improve_base(
             what = f"the profile's time, {profile.time}, was over after round {len(trail.rounds)}"
             trail.findings.append(Finding("limit", "time", what))
             return planner, False
-        if attempt and proposed.plan.distil and _only_accuracy_broke(attempt):
-            proposed = more_training(proposed, profile)
-            continue
+        if attempt and not attempt.draft and _only_accuracy_broke(attempt):
+            built = attempt.built
+            rounded = with_rounding(proposed, profile, built.steps, built.unrounded, built.loss)
+            if rounded or proposed.plan.distil:
+                proposed = rounded or more_training(proposed, profile)
+                continue
         if (
             sum(not kept.draft for kept in trail.attempts if kept.base is planner.base) >= profile.rounds
             or len(tried) > MOST_DRAFTS
@@ -197,7 +201,12 @@ def first_factors(planner: Planner, original: Original) -> Factors:
 
 
 def corrected(planner: Planner, attempt: Attempt) -> Planner:
-    """The planner after an attempt: costs scaled to what was found, losses to what an untrained plan really lost."""
+    """The planner after an attempt: costs scaled to what was found, losses to what an untrained plan really lost.
+
+    What was found of another scheme than the base's says nothing of the plans to come.
+    """
+    if attempt.plan.precision == "int8" and attempt.plan.scheme != planner.base.scheme:
+        return planner
     factors = dict(planner.factors)
     for verdict in attempt.verdicts:
         key = (verdict.kind, verdict.target)
@@ -233,6 +242,7 @@ def _round(number: int, attempt: Attempt, factors: Factors) -> Round:
         loss=attempt.built.loss,
         score=attempt.accuracy.artifact if attempt.accuracy else None,
         training=attempt.built.training,
+        quantization=attempt.built.quantization,
         solve=attempt.proposal.solve,
         corrections={
             f"{kind} {target}".strip(): round(factor, 4) for (kind, target), factor in sorted(factors.items())

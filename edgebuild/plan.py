@@ -234,6 +234,15 @@ def checked(facts: ModelFacts, plan: Plan) -> Plan:
             raise SpecError(f"the plan {what} layer {twice!r} twice")
     if plan.distil_steps < 0:
         raise SpecError(f"the plan distils for {plan.distil_steps} steps", "give 0 for as many as the time allows")
+    if plan.qat_steps < 0:
+        raise SpecError(f"the plan has qat_steps {plan.qat_steps}", "give a number of steps, or 0")
+    if plan.precision == "fp32" and (plan.qat_steps or plan.scheme != "static"):
+        asked = f"qat_steps {plan.qat_steps}" if plan.qat_steps else f"scheme {plan.scheme!r}"
+        raise SpecError(f"the plan has {asked} and precision 'fp32', which rounds nothing", "set precision to 'int8'")
+    if plan.scheme == "8da4w" and plan.qat_steps:
+        raise SpecError(
+            "the plan trains 4-bit groups with their rounding, which is not supported", "set qat_steps to 0"
+        )
     kept = tuple(
         Width(name, width.channels, width.of) for name, (_, width) in widths.items() if width.channels < width.of
     )

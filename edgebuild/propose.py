@@ -22,6 +22,7 @@ from edgebuild.spec import (
     Precision,
     Profile,
     Reachable,
+    Scheme,
     Solve,
     Target,
     Technique,
@@ -38,6 +39,8 @@ AIM: Mapping[str, float] = {
     "peak_memory": 0.98,
 }
 MOST_DISTILLATION = 4  # times the steps that the profile asks for
+ROUNDING_LOSES = 1.1  # times the loss without it, from where on training with the rounding is tried
+FEWEST_ROUNDED = 100  # steps of it
 NEAREST_GAP = 1e-3
 PRINTED = 1.002  # figures are printed with four digits
 FRONTIER_POINTS, FRONTIER_GAP, FRONTIER_TIME = 6, 0.03, 4.0  # by axis; seconds for each
@@ -59,7 +62,7 @@ class Proposal:
     @property
     def draft(self) -> Plan:
         """The plan without its training."""
-        return replace(self.plan, distil=False, distil_steps=0)
+        return replace(self.plan, distil=False, distil_steps=0, qat_steps=0)
 
     @property
     def total_loss(self) -> float:
@@ -78,7 +81,10 @@ class Planner:
 
     @cached_property
     def limits(self) -> tuple[Limit, ...]:
-        return costs.limits(self.profile, self.targets, self.base.facts, self.factors)
+        return self.limits_of(self.base.scheme)
+
+    def limits_of(self, scheme: Scheme) -> tuple[Limit, ...]:
+        return costs.limits(self.profile, self.targets, self.base.facts, self.factors, scheme)
 
     @property
     def precision(self) -> Precision:
@@ -94,10 +100,17 @@ class Planner:
 
 
 def start(planner: Planner) -> Proposal:
-    """The least harm: nothing but the precision."""
+    """The least harm: nothing but the precision; 4-bit groups where the size budget asks for less than int8 gives."""
     choice = Choice(planner.base.facts, planner.precision)
     why = "int8 alone" if planner.precision == "int8" else "as it is"
-    return proposal(planner, to_plan(choice, base=planner.base.name, why=(why,)))
+    scheme = planner.base.scheme if planner.precision == "int8" else "static"
+    first = proposal(planner, to_plan(choice, base=planner.base.name, scheme=scheme, why=(why,)))
+    if planner.precision == "fp32" or not any(trial.scheme == "8da4w" for trial in planner.base.trials):
+        return first
+    smaller = proposal(planner, replace(first.plan, scheme="8da4w", why=("8da4w: int8 is above the size budget",)))
+    size = ("size", "")
+    too_large = any(first.predicted[size] > limit.bound for limit in planner.limits if limit.kind == "size")
+    return smaller if too_large and fits(planner, smaller) else first
 
 
 def fits(planner: Planner, proposed: Proposal) -> bool:
@@ -129,9 +142,13 @@ def proposal(planner: Planner, plan: Plan, solve: Solve | None = None) -> Propos
     """A plan with what the models say of it."""
     choice = choice_of(planner.base.facts, plan)
     predicted: dict[tuple[str, str], float] = {
-        (limit.kind, limit.target): limit.predicted(choice) for limit in planner.limits
+        (limit.kind, limit.target): limit.predicted(choice) for limit in planner.limits_of(plan.scheme)
     }
-    return Proposal(plan, choice, predicted, losses(planner.candidates, choice), solve)
+    found = losses(planner.candidates, choice)
+    real = {trial.scheme: trial.real for trial in planner.base.trials if trial.technique == "quantize"}
+    if plan.scheme != planner.base.scheme and real.get(planner.base.scheme) and plan.scheme in real:
+        found["quantize"] *= real[plan.scheme] / real[planner.base.scheme]
+    return Proposal(plan, choice, predicted, found, solve)
 
 
 def losses(candidates: Sequence[Candidate], choice: Choice) -> dict[Technique, float]:
@@ -162,6 +179,21 @@ def more_training(last: Proposal, profile: Profile) -> Proposal | None:
     steps_told = f"{wanted} steps" if wanted else "as long as the profile gives"
     why = (*last.plan.why, f"distil, {steps_told}: with {last.plan.distil_steps} steps the accuracy budget broke")
     return replace(last, plan=replace(last.plan, distil=True, distil_steps=wanted, why=why))
+
+
+def with_rounding(last: Proposal, profile: Profile, steps: int, unrounded: float, loss: float) -> Proposal | None:
+    """The same choice, trained with its rounding at the end, where the rounding is what loses; None where it is not.
+
+    `steps` of training were made before, `loss` nats were lost with the rounding and `unrounded` without it.
+    """
+    plan = last.plan
+    able = "distil" in profile.techniques and plan.precision == "int8" and plan.scheme != "8da4w"
+    if not able or plan.qat_steps or loss < ROUNDING_LOSES * unrounded:
+        return None
+    wanted = max(FEWEST_ROUNDED, (steps or profile.distillation.steps) // 4)
+    share = 1 - unrounded / loss
+    why = (*plan.why, f"{wanted} steps with the rounding: it makes {share:.0%} of what the plan loses")
+    return replace(last, plan=replace(plan, qat_steps=wanted, why=why))
 
 
 # ---------------------------------------------------------------------------------------------------- infeasible
@@ -262,7 +294,8 @@ def _plan(planner: Planner, choice: Choice, loss: float, points: Space, limits: 
     if distil:
         why = (*why, "distil: to recover what the cuts lose")
     steps = profile.distillation.steps if distil else 0
-    return to_plan(choice, base=planner.base.name, distil=distil, distil_steps=steps, why=why)
+    scheme = planner.base.scheme if choice.precision == "int8" else "static"
+    return to_plan(choice, base=planner.base.name, scheme=scheme, distil=distil, distil_steps=steps, why=why)
 
 
 def _why(planner: Planner, choice: Choice, loss: float, points: Space, limits: Sequence[Limit]) -> tuple[str, ...]:

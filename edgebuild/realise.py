@@ -1,7 +1,8 @@
 """Carries out a plan: prune, factorize, distil, quantize, lower. What it makes is kept in the cache, by content."""
 
+import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,14 +19,29 @@ from edgebuild.environment import versions
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
 from edgebuild.sensitivity import Sensitivity, measure, moments
-from edgebuild.spec import Artifact, Candidate, Distillation, ModelFacts, Plan, Profile, Technique, Trial
+from edgebuild.spec import (
+    SCHEMES,
+    Artifact,
+    Candidate,
+    Distillation,
+    ModelFacts,
+    Plan,
+    Profile,
+    Scheme,
+    Technique,
+    Trial,
+)
+from edgebuild.task import Module
 from edgebuild.training.objective import Hint
+from edgebuild.training.optimizer import ADAMW_RATE
 from edgebuild.training.run import Lesson, Training
 from edgebuild.transforms import distil, factorize, norms, prune, quantize
 from edgebuild.verify import eager
 
 SENSITIVITY_SAMPLES = 32
 HELD_OUT = 128  # samples by which a training's weights are chosen
+MOSTLY_LINEAR = 0.6  # of the MACs: from there on int8 ranged at run time and 4-bit groups are worth a trial
+QAT_RATE = 0.3  # of the usual learning rate: the weights are to move by steps of their rounding
 TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at the least, on every shipped core
 
 
@@ -33,8 +49,9 @@ TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at
 class Base:
     """A model to compress, analysed: the task's own, or its student once it has been distilled.
 
-    The candidates' losses are calibrated by `trials`. `digest` covers the weights and all inputs that a realised plan
-    depends on; `fresh` takes nothing from the cache.
+    The candidates' losses are calibrated by `trials`, for int8 in the `scheme` that loses less. `digest` covers the
+    weights and all inputs that a realised plan depends on; `fresh` takes nothing from the cache but what was `made` in
+    this build.
     """
 
     name: str
@@ -44,16 +61,18 @@ class Base:
     candidates: tuple[Candidate, ...]
     digest: str
     fresh: bool = False
+    made: set[str] = field(default_factory=set, compare=False)
     training: str = ""
     trials: tuple[Trial, ...] = ()
+    scheme: Scheme = "static"
 
 
 @dataclass(frozen=True)
 class Built:
-    """An artifact, eager PyTorch's outputs for the model that it was lowered from, and how the training went.
+    """An artifact, eager PyTorch's outputs for the model that it was lowered from, how training and quantizing went.
 
     `loss`: nats of the softened output distribution from the base's model to what was lowered, on the calibration
-    samples. `losses`: what each technique added to it, in the order of the flow; of an untrained plan alone. `steps`:
+    samples; `unrounded`: before it was quantized. `losses`: what each technique added to it, in the order of the flow; of an untrained plan alone. `steps`:
     of distillation, as they were made.
     """
 
@@ -63,7 +82,9 @@ class Built:
     steps: int
     reused: bool
     loss: float
+    unrounded: float
     losses: Mapping[Technique, float]
+    quantization: str = ""
     lowered: nn.Module | None = field(default=None, compare=False)  # None where the artifact came from the cache
 
     @property
@@ -101,18 +122,22 @@ def prepare(
     if "quantize" in techniques:
         candidates += quantize.candidates(facts, found)
     quantizer = BACKENDS[profile.artifact].quantizer
-    tried = trials.run(
-        model,
-        facts,
-        found,
-        candidates,
-        samples,
-        lambda few: quantize.apply(model, inputs, few, quantizer()),
-        logits,
-        profile.seed,
-    )
+
+    def quantized(scheme: Scheme) -> Callable[[Sequence[tuple[Tensor, ...]]], nn.Module]:
+        return lambda few: quantize.apply(model, inputs, few, quantizer((), scheme), logits).model
+
+    schemes = SCHEMES if profile.artifact == "pte" and _linear_share(facts) > MOSTLY_LINEAR else SCHEMES[:1]
+    ways = {scheme: quantized(scheme) for scheme in schemes}
+    tried = trials.run(model, facts, found, candidates, samples, ways, logits, profile.seed)
+    scheme = trials.scheme_of(tried)
+    candidates = trials.rescaled(candidates, trials.of_scheme(tried, scheme))
     digest = cache.key(lifted_digest(model), inputs_digest)
-    return Base(name, model, facts, found, trials.rescaled(candidates, tried), digest, fresh, trials=tried)
+    return Base(name, model, facts, found, candidates, digest, fresh, trials=tried, scheme=scheme)
+
+
+def _linear_share(facts: ModelFacts) -> float:
+    """The linear layers' share of the multiply-accumulates."""
+    return sum(layer.macs for layer in facts.layers if layer.op == "linear") / max(1, facts.macs)
 
 
 def realise(
@@ -125,7 +150,6 @@ def realise(
         return kept
     inputs, samples = loaded.task.example_inputs, loaded.samples[:SENSITIVITY_SAMPLES]
     logits = loaded.task.outputs == "logits"
-    backend = BACKENDS[profile.artifact]
     model, training, steps = base.model, base.training, 0
     losses: dict[Technique, float] = {}
     for technique, changed in compress(base, plan, loaded):
@@ -133,20 +157,76 @@ def realise(
         if not plan.distil:
             losses[technique] = trials.distance(base.model, model, samples, logits) - sum(losses.values())
     if plan.distil:
-        settings = replace(profile.distillation, steps=plan.distil_steps)
-        hints = _hints(base, plan) if base.name == "model" and settings.hint_weight else ()
-        model, how = train(model, teacher, loaded, settings, profile.seed, progress, name, hints)
-        training, steps = f"{training}; {how}".lstrip("; "), how.steps
+        model, how, steps = _distilled(model, base, plan, loaded, profile, teacher, progress)
+        training = f"{training}; {how}".lstrip("; ")
+    unrounded = trials.distance(base.model, model, samples, logits)
     lowered: nn.Module = model
+    loss, quantization = unrounded, ""
     if plan.precision == "int8":
-        lowered = quantize.apply(model, inputs, loaded.samples, backend.quantizer(_kept(plan)))
-    loss = trials.distance(base.model, lowered, samples, logits)
-    if plan.precision == "int8" and not plan.distil:
-        losses["quantize"] = loss - sum(losses.values())
-    artifact = backend.lower(lowered, inputs)
-    built = Built(artifact, tuple(eager(lowered, samples)), training, steps, False, loss, losses, lowered)
+        quantized = _quantized(model, base, plan, loaded, profile, teacher, progress)
+        lowered, quantization = quantized.model, quantized.how
+        loss = trials.distance(base.model, lowered, samples, logits)
+        if not plan.distil and not plan.qat_steps:
+            losses["quantize"] = loss - sum(losses.values())
+    artifact = BACKENDS[profile.artifact].lower(lowered, inputs)
+    expected = tuple(eager(lowered, samples))
+    built = Built(artifact, expected, training, steps, False, loss, unrounded, losses, quantization, lowered)
     _write(name, built)
     return built
+
+
+def _distilled(
+    model: fx.GraphModule,
+    base: Base,
+    plan: Plan,
+    loaded: Loaded,
+    profile: Profile,
+    teacher: fx.GraphModule,
+    progress: Progress,
+) -> tuple[fx.GraphModule, str, int]:
+    """The model trained, how that went, and its steps. Plans that only round it otherwise take it from the cache."""
+    unrounded = replace(plan, precision="fp32", keep_fp32=(), scheme="static", qat_steps=0)
+    name = cache.key("trained", base.digest, _settings(unrounded, profile))
+    kept = _read_trained(name, model) if not base.fresh or name in base.made else None
+    if kept is not None:
+        return kept
+    settings = replace(profile.distillation, steps=plan.distil_steps)
+    hints = _hints(base, plan) if base.name == "model" and settings.hint_weight else ()
+    trained, how = train(model, teacher, loaded, settings, profile.seed, progress, name, hints)
+    _write_trained(name, trained, how)
+    base.made.add(name)
+    return trained, str(how), how.steps
+
+
+def _quantized(
+    model: fx.GraphModule,
+    base: Base,
+    plan: Plan,
+    loaded: Loaded,
+    profile: Profile,
+    teacher: fx.GraphModule,
+    progress: Progress,
+) -> quantize.Quantized:
+    inputs, logits = loaded.task.example_inputs, loaded.task.outputs == "logits"
+    quantizer = BACKENDS[profile.artifact].quantizer(_kept(plan), plan.scheme)
+    if not plan.qat_steps:
+        return quantize.apply(model, inputs, loaded.samples, quantizer, logits)
+    shown, held = quantize.split(loaded.samples)
+    rate = QAT_RATE * (profile.distillation.learning_rate or ADAMW_RATE)
+    settings = replace(profile.distillation, steps=plan.qat_steps, learning_rate=rate)
+    keep = cache.key("rounded", base.digest, _settings(plan, profile))
+    return quantize.finish(
+        model,
+        teacher,
+        inputs,
+        shown,
+        held,
+        quantizer,
+        logits,
+        lambda fake: train(
+            fake, teacher, replace(loaded, samples=tuple(shown)), settings, profile.seed, progress, keep
+        ),
+    )
 
 
 def _kept(plan: Plan) -> tuple[str, ...]:
@@ -193,7 +273,7 @@ def _hints(base: Base, plan: Plan) -> tuple[Hint, ...]:
 
 
 def train(
-    model: fx.GraphModule,
+    model: Module,
     teacher: fx.GraphModule,
     loaded: Loaded,
     settings: Distillation,
@@ -201,7 +281,7 @@ def train(
     progress: Progress,
     keep: str,
     hints: tuple[Hint, ...] = (),
-) -> tuple[fx.GraphModule, Training]:
+) -> tuple[Module, Training]:
     """Distil the teacher into a model, on the training batches or, where there are none, the calibration inputs.
 
     `keep` names the training, so that it goes on where it was killed.
@@ -217,7 +297,7 @@ def train(
         digest=lifted_digest(teacher),
     )
     trained, how = distil.apply(model, teacher, training_batches(loaded), lesson, progress)
-    assert isinstance(trained, fx.GraphModule)
+    assert isinstance(trained, type(model))
     return trained, how
 
 
@@ -254,8 +334,38 @@ def _write(name: str, built: Built) -> None:
     for s, sample in enumerate(built.expected):
         tensors |= {f"{s:04}.{i}": np.ascontiguousarray(y) for i, y in enumerate(sample)}
     losses = json.dumps({"total": built.loss} | dict(built.losses))
-    about = {"facts": json.dumps(facts), "training": built.training, "steps": str(built.steps), "losses": losses}
+    about = {
+        "facts": json.dumps(facts),
+        "training": built.training,
+        "steps": str(built.steps),
+        "quantization": built.quantization,
+        "losses": losses,
+        "unrounded": repr(built.unrounded),
+    }
     cache.write("built", name, save(tensors, about))
+
+
+def _write_trained(name: str, model: fx.GraphModule, how: Training) -> None:
+    from safetensors.torch import save
+
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    cache.write("trained", name, save(tensors, {"how": str(how), "steps": str(how.steps)}))
+
+
+def _read_trained(name: str, model: fx.GraphModule) -> tuple[fx.GraphModule, str, int] | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    data = cache.read("trained", name)
+    if data is None:
+        return None
+    try:
+        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        trained = copy.deepcopy(model)
+        trained.load_state_dict(load(data))
+        return trained, about["how"], int(about["steps"])
+    except (SafetensorError, KeyError, ValueError, RuntimeError):
+        return None  # damaged: it is made again
 
 
 def _read(name: str) -> Built | None:
@@ -275,7 +385,8 @@ def _read(name: str) -> Built | None:
         facts["fallen_back"] = tuple(facts["fallen_back"])
         artifact = Artifact(data=tensors["artifact"].tobytes(), **facts)
         expected, losses = tuple(tuple(outputs) for outputs in samples.values()), json.loads(metadata["losses"])
-        total, steps = losses.pop("total"), int(metadata["steps"])
-        return Built(artifact, expected, metadata["training"], steps, True, total, losses)
+        total, steps, unrounded = losses.pop("total"), int(metadata["steps"]), float(metadata["unrounded"])
+        how, rounded = metadata["training"], metadata["quantization"]
+        return Built(artifact, expected, how, steps, True, total, unrounded, losses, rounded)
     except (SafetensorError, KeyError, ValueError, TypeError):
         return None  # damaged: it is made again

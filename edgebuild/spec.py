@@ -417,6 +417,12 @@ class Profile:
 
 Precision = Literal["fp32", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+
+# How a quantized model computes: int8 with activations ranged beforehand; the same, ranged at run time, in linear and
+# ungrouped convolutional layers alone; linear layers alone with 4-bit weights in groups, activations as in dynamic.
+Scheme = Literal["static", "dynamic", "8da4w"]
+SCHEMES: tuple[Scheme, ...] = ("static", "dynamic", "8da4w")
+GROUP = 32  # 4-bit weights of a row that share a scale
 MODEL_INPUT = ""
 
 # Operators without weights in an int8 model, by PyTorch's XNNPACK quantizer: these compute in int8, these pass on what
@@ -605,13 +611,14 @@ class Dropped:
 class Trial:
     """A plan of one technique alone that was tried, with its loss in nats as estimated and as found.
 
-    `changes` counts the groups or layers that it changes.
+    `changes` counts the groups or layers that it changes; `scheme` says how a quantized model computed.
     """
 
     technique: Technique
     changes: int
     estimated: float
     real: float
+    scheme: Scheme = "static"
 
 
 @dataclass(frozen=True)
@@ -619,7 +626,9 @@ class Plan:
     """What to do to the model, as data; ships with the artifact and can be built again from its JSON.
 
     `base` says which model is compressed: the task's own or the student that it brings. `widths` and `forms` hold what
-    changes; everything they do not name stays. `why` says in plain words what each technique was needed for.
+    changes; everything they do not name stays. `scheme` is how int8 is computed. `qat_steps` of training with faked
+    rounding follow the distillation; with 0 the model is quantized as it is. `why` says in plain words what each
+    technique was needed for.
     """
 
     base: Literal["model", "student"] = "model"
@@ -627,8 +636,10 @@ class Plan:
     forms: tuple[Form, ...] = ()
     precision: Precision = "int8"
     keep_fp32: tuple[str, ...] = ()
+    scheme: Scheme = "static"
     distil: bool = False
     distil_steps: int = 0
+    qat_steps: int = 0
     why: tuple[str, ...] = ()
     schema_version: int = 1
 
@@ -944,6 +955,7 @@ class Round:
     loss: float
     score: float | None  # the task's metric, of the artifact
     training: str
+    quantization: str  # how ranges were found, and what training with the rounding brought
     solve: Solve | None
     corrections: Mapping[str, float]  # factor on the cost model that the plan was made with, by budget and target
     met: bool

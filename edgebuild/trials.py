@@ -16,13 +16,14 @@ from torch import Tensor, fx, nn
 from edgebuild.divergence import divergence, divergences
 from edgebuild.lift import outputs_of
 from edgebuild.sensitivity import Sensitivity
-from edgebuild.spec import Candidate, Cast, Form, ModelFacts, Technique, Trial, Width
+from edgebuild.spec import Candidate, Cast, Form, ModelFacts, Scheme, Technique, Trial, Width
 from edgebuild.transforms import factorize, prune
 
 TRIALS = 3
 LEAST = 1e-12  # nats; below it there is nothing but rounding
 MACS = 4e9  # of a sample of each trial, in all
 FEWEST_SAMPLES = 8
+CLEARLY_LESS = 0.5
 
 
 def technique(candidate: Candidate) -> Technique:
@@ -37,14 +38,14 @@ def run(
     sensitivity: Sensitivity,
     candidates: Sequence[Candidate],
     samples: Sequence[tuple[Tensor, ...]],
-    quantized: Callable[[Sequence[tuple[Tensor, ...]]], nn.Module],
+    quantized: Mapping[Scheme, Callable[[Sequence[tuple[Tensor, ...]]], nn.Module]],
     logits: bool,
     seed: int,
 ) -> tuple[Trial, ...]:
     """Real KL divergences (nats) of random moderate plans, for each technique with candidates; the same for a seed.
 
-    Widths and forms are tried on many groups and layers at once, `quantized` makes the whole model in int8,
-    with the ranges of the samples that it is given.
+    Widths and forms are tried on many groups and layers at once. `quantized` quantizes the whole model by each scheme
+    that could be taken, with the ranges of the samples that it is given.
     """
     rng = np.random.default_rng(seed)
     samples = samples[: max(FEWEST_SAMPLES, int(MACS / max(1, facts.macs)))]
@@ -56,7 +57,8 @@ def run(
     found = [_trial(plan, kl) for plan, kl in zip(plans, real, strict=True)]
     casts = [candidate for candidate in candidates if isinstance(candidate.choice, Cast)]
     if casts:
-        found.append(_trial(casts, distance(model, quantized(samples), samples, logits)))
+        for scheme, make in quantized.items():
+            found.append(replace(_trial(casts, distance(model, make(samples), samples, logits)), scheme=scheme))
     return tuple(found)
 
 
@@ -105,6 +107,17 @@ def _trial(plan: Sequence[Candidate], real: float) -> Trial:
 
 
 # -------------------------------------------------------------------------------------------------------- scales
+
+
+def scheme_of(trials: Sequence[Trial]) -> Scheme:
+    """How int8 is to be computed: ranged at run time only where that loses clearly less than ranges from before."""
+    real = {trial.scheme: trial.real for trial in trials if trial.technique == "quantize"}
+    return "dynamic" if "dynamic" in real and real["dynamic"] < CLEARLY_LESS * real["static"] else "static"
+
+
+def of_scheme(trials: Sequence[Trial], scheme: Scheme) -> tuple[Trial, ...]:
+    """The trials without those of other schemes than this one."""
+    return tuple(trial for trial in trials if trial.technique != "quantize" or trial.scheme == scheme)
 
 
 def scales(trials: Sequence[Trial]) -> dict[Technique, float]:

@@ -108,7 +108,7 @@ def programs(name: str, resnet_file: Path | None, folder: Path) -> tuple[ModelFa
             continue
         lowered: nn.Module = model
         if precision == "int8":
-            lowered = quantize.apply(model, (x,), [(x,)], backend.quantizer())
+            lowered = quantize.apply(model, (x,), [(x,)], backend.quantizer()).model
         artifact = backend.lower(lowered, (x,))
         if artifact.fallen_back:
             print(f"{name}, {precision}: outside the delegate: {', '.join(artifact.fallen_back)}", file=sys.stderr)

@@ -181,7 +181,7 @@ def build(base: realise.Base, plan: Sequence[Candidate], loaded: Loaded, held_ou
     if cast:
         kept = {layer.name for layer in base.facts.layers if layer.weighted} - cast
         kept |= {f"{form.layer}.{i}" for form in forms if form.layer in kept for i in range(3)}
-        model = quantize.apply(model, inputs, loaded.samples[:32], xnnpack.quantizer(tuple(sorted(kept))))
+        model = quantize.apply(model, inputs, loaded.samples[:32], xnnpack.quantizer(tuple(sorted(kept)))).model
     return trials.distance(base.model, model, [(x,) for x in held_out.split(1)], loaded.task.outputs == "logits")
 
 

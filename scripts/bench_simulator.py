@@ -96,7 +96,7 @@ def model(name: str, precision: Precision) -> Model:
     lifted = lift(network(name), inputs)
     layers = analyse(lifted, inputs).layers
     cache.write("bench-models", facts, json.dumps([asdict(layer) for layer in layers]).encode())
-    ready = quantize.apply(lifted, inputs, batch, xnnpack.quantizer()) if precision == "int8" else lifted
+    ready = quantize.apply(lifted, inputs, batch, xnnpack.quantizer()).model if precision == "int8" else lifted
     artifact = xnnpack.lower(ready, inputs)
     if artifact.fallen_back:
         print(f"{name}, {precision}: {len(artifact.fallen_back)} operators outside the delegate")

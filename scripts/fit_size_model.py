@@ -98,7 +98,7 @@ def measured(block: Callable[[], nn.Module], count: int, precision: str, flat: b
     layers = Choice(analyse(lifted, inputs), precision).layers()  # type: ignore[arg-type]
     lowered: nn.Module = lifted
     if precision == "int8":
-        lowered = quantize.apply(lifted, inputs, [inputs], BACKENDS["pte"].quantizer())
+        lowered = quantize.apply(lifted, inputs, [inputs], BACKENDS["pte"].quantizer()).model
     charged = sum(
         layer_bytes(layer, q) - sum(-(-size // 128) * 128 for size in constants(layer, q) if layer.weighted)
         for layer, q in layers

@@ -67,6 +67,41 @@ class SmallNet(nn.Module):
         return self.classify(torch.relu(self.hidden(x)))
 
 
+class Encoder(nn.Module):
+    """A transformer block: attention, feed-forward, layer norms; 72 inputs are no whole groups of 32."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Linear(72, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.project = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.classify = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y = self.norm1(x)
+        shares = (self.query(y) @ self.key(y).transpose(1, 2) / 8).softmax(-1)
+        x = x + self.project(shares @ self.value(y))
+        x = x + self.down(torch.relu(self.up(self.norm2(x))))
+        return self.classify(x.mean(1))
+
+
+@pytest.fixture(scope="session")
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    net = Encoder().eval()
+    with torch.no_grad():
+        net.classify.weight *= 20  # outputs as far apart as a trained model's
+    return net
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randn(1, 12, 72, generator=generator),) for _ in range(40)]
+
+
 @pytest.fixture(scope="session")
 def small_net() -> nn.Module:
     """SmallNet with batch-norm statistics that are no identity, in eval mode."""

@@ -49,6 +49,14 @@ def test_a_known_scale_is_recovered_from_trials_with_outliers():
     assert trials.scales(tried)["prune"] == pytest.approx(2.5)
 
 
+def test_ranges_at_run_time_are_taken_where_they_lose_clearly_less():
+    found = [Trial("prune", 3, 0.1, 0.1), Trial("quantize", 9, 0.1, 0.2), Trial("quantize", 9, 0.1, 0.09, "dynamic")]
+    found += [Trial("quantize", 9, 0.1, 0.01, "8da4w")]
+    assert trials.scheme_of(found) == "dynamic" and trials.scheme_of(found[:2]) == "static"
+    assert trials.scheme_of([*found[:2], Trial("quantize", 9, 0.1, 0.15, "dynamic")]) == "static"
+    assert trials.scales(trials.of_scheme(found, "dynamic")) == pytest.approx({"prune": 1.0, "quantize": 0.9})
+
+
 def test_what_is_lost_in_rounding_calibrates_nothing():
     assert trials.scales([Trial("prune", 1, 0.0, 1e-3), Trial("quantize", 1, 1e-3, 0.0)]) == {}
 
@@ -66,7 +74,7 @@ def test_calibrated_losses_calibrate_again_as_they_are_measured_again():
 
 def test_every_technique_is_tried_and_the_seed_decides(model, images, estimated):
     def run(seed):
-        return trials.run(model, *estimated, images, lambda few: copy.deepcopy(model), True, seed)
+        return trials.run(model, *estimated, images, {"static": lambda few: copy.deepcopy(model)}, True, seed)
 
     found = run(0)
     assert {trial.technique for trial in found} == {"prune", "factorize", "quantize"}
@@ -75,7 +83,7 @@ def test_every_technique_is_tried_and_the_seed_decides(model, images, estimated)
 
 
 def test_the_estimates_are_near_what_trials_find(model, images, estimated):
-    found = trials.run(model, *estimated, images, lambda few: copy.deepcopy(model), True, 0)
+    found = trials.run(model, *estimated, images, {"static": lambda few: copy.deepcopy(model)}, True, 0)
     for name, scale in trials.scales(found).items():
         assert 0.2 < scale < 5, name
 
@@ -115,5 +123,7 @@ def test_narrower_is_never_cheaper(estimated):
 def test_losses_do_not_hang_on_the_order_of_the_candidates(model, images, estimated):
     facts, sensitivity, candidates = estimated
     only = [replace(c) for c in candidates if isinstance(c.choice, Cast)]
-    (trial,) = trials.run(model, facts, sensitivity, only, images, lambda few: copy.deepcopy(model), True, 0)
+    (trial,) = trials.run(
+        model, facts, sensitivity, only, images, {"static": lambda few: copy.deepcopy(model)}, True, 0
+    )
     assert trial.technique == "quantize" and trial.changes == len(only)

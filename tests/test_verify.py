@@ -96,7 +96,7 @@ def test_the_first_diverging_layer_is_named(small_net, image, images):
 def test_int8_keeps_the_outputs_and_a_layer_kept_fp32_grows_the_file(small_net, image, images):
     lifted = lift(small_net, image)
     artifacts = {
-        kept: xnnpack.lower(quantize.apply(lifted, image, images, xnnpack.quantizer(kept)), image)
+        kept: xnnpack.lower(quantize.apply(lifted, image, images, xnnpack.quantizer(kept)).model, image)
         for kept in ((), ("hidden",))
     }
     assert len(artifacts["hidden",].data) > len(artifacts[()].data) + 2 * 512 * 48

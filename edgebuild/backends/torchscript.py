@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from edgebuild.errors import BackendError
-from edgebuild.spec import Artifact
+from edgebuild.spec import Artifact, Scheme
 
 NAME = "torchscript"
 ENGINE = "x86"  # qnnpack answers wrongly for quantized ReLU6 on channels-last inputs
 
 
-def quantizer(keep_fp32: tuple[str, ...] = ()) -> Any:
+def quantizer(keep_fp32: tuple[str, ...] = (), scheme: Scheme = "static") -> Any:
     """The FX mapping for the x86 engine; layers named in `keep_fp32` stay fp32."""
     from torch.ao.quantization import get_default_qconfig_mapping
 
+    if scheme != "static":
+        raise BackendError(f"TorchScript artifacts are quantized statically, not {scheme}", 'use artifact = "pte"')
     if ENGINE not in torch.backends.quantized.supported_engines:
         raise BackendError(f"this PyTorch has no {ENGINE!r} quantization engine", 'use artifact = "pte"')
     torch.backends.quantized.engine = ENGINE

@@ -10,26 +10,49 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from edgebuild.errors import BackendError
 from edgebuild.lift import export
-from edgebuild.spec import Artifact
+from edgebuild.spec import GROUP, Artifact, Scheme
+
+aten = torch.ops.aten
 
 NAME = "xnnpack"
+_PRODUCTS = (aten.linear.default, aten.conv2d.default, aten.conv1d.default)
 
 
-def quantizer(keep_fp32: tuple[str, ...] = ()) -> Any:
-    """XNNPACK's static int8 quantizer, weights per channel; layers named in `keep_fp32` stay fp32."""
+def quantizer(keep_fp32: tuple[str, ...] = (), scheme: Scheme = "static") -> Any:
+    """XNNPACK's int8 quantizer, weights per channel, or torchao's config by layer for 4-bit weights.
+
+    Layers named in `keep_fp32` stay fp32. Activations are always quantized with the weights: with weights alone in 8 or
+    4 bits the delegate drops their scales, and answers wrongly.
+    """
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
     )
 
-    made = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    if scheme == "8da4w":
+        return _grouped(keep_fp32)
+    config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=scheme == "dynamic")
+    made = XNNPACKQuantizer().set_global(config)
+    # batch norm is folded before the quantizer sees the graph; looking for it takes most of its time
+    made.SUPPORTED_PATTERNS = [pattern for pattern in made.SUPPORTED_PATTERNS if "_bn" not in pattern.name]
     if keep_fp32:
         kept = set(keep_fp32)
         made.set_filter_function(lambda node: not kept & _module_path(node))
     return made
+
+
+def _grouped(keep_fp32: tuple[str, ...]) -> Any:
+    from torchao.quantization import FqnToConfig, Int8DynamicActivationIntxWeightConfig, PerGroup
+
+    config = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        weight_granularity=PerGroup(GROUP),
+    )
+    return FqnToConfig({**dict.fromkeys(keep_fp32), "_default": config})
 
 
 def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
@@ -39,21 +62,43 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
 
     try:
         with _quiet():
+            program = export(model, inputs)
+            _refuse_known_wrong(program)
             edge = to_edge_transform_and_lower(
-                export(model, inputs),
+                program,
                 partitioner=[XnnpackPartitioner()],
                 # the validity check repeats what lowering checks, and costs a third of the time
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
             delegated, outside = _delegation(edge)
-            program = edge.to_executorch()
+            lowered = edge.to_executorch()
+    except BackendError:
+        raise
     except Exception as error:  # the lowering raises whatever it likes
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BackendError(f"XNNPACK cannot lower the model: {reason[:300]}") from error
-    method = program.executorch_program.execution_plan[0]
+    method = lowered.executorch_program.execution_plan[0]
     return Artifact(
-        "pte", program.buffer, NAME, delegated, len(outside), tuple(outside), sum(method.non_const_buffer_sizes)
+        "pte", lowered.buffer, NAME, delegated, len(outside), tuple(outside), sum(method.non_const_buffer_sizes)
     )
+
+
+def _refuse_known_wrong(program: ExportedProgram) -> None:
+    """Raise BackendError for what lowers without an error and answers wrongly."""
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in _PRODUCTS and _dequantizes(node.args[1]) and not _dequantizes(node.args[0]):
+            raise BackendError(
+                f"{node.name} has quantized weights and fp32 activations: XNNPACK would drop the weights' scales",
+                "quantize the activations as well: scheme static, dynamic or 8da4w",
+            )
+        if node.target is aten.layer_norm.default and node.meta["val"].dtype == torch.float16:
+            raise BackendError(f"{node.name} is an fp16 LayerNorm, which XNNPACK computes wrongly", "keep it in fp32")
+
+
+def _dequantizes(node: Any) -> bool:
+    return "dequantize" in str(getattr(node, "target", ""))
 
 
 def _delegation(edge: Any) -> tuple[int, list[str]]:

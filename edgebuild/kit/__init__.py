@@ -89,5 +89,5 @@ def reference(model: str, precision: Precision) -> bytes:
     inputs: tuple[Tensor, ...] = (torch.randn(SHAPE),)
     network = import_torchvision().models.get_model(model, weights=None).eval()
     lifted = lift(network, inputs)
-    ready = quantize.apply(lifted, inputs, [inputs], xnnpack.quantizer()) if precision == "int8" else lifted
+    ready = quantize.apply(lifted, inputs, [inputs], xnnpack.quantizer()).model if precision == "int8" else lifted
     return xnnpack.lower(ready, inputs).data

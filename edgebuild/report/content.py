@@ -218,7 +218,11 @@ def _done(report: Json) -> Section:
         Table(f"Layers that changed: {len(changed)} of {len(layers)}", columns, short),
         Table("All layers", (*columns, *(f"Predicted on {target}" for target in targets)), full, detail=True),
     )
-    return Section("What was done?", _plan_in_words(plan), (*tables, *_where_the_time_goes(report)))
+    lines = list(_plan_in_words(plan))
+    built = next((row for row in report["rounds"] if row["artifact_sha256"] == report["artifact_sha256"]), None)
+    if built and built["quantization"]:
+        lines.insert(2, f"How: {built['quantization']}.")
+    return Section("What was done?", tuple(lines), (*tables, *_where_the_time_goes(report)))
 
 
 _TIME = ("Layer", "Operators", "Time", "Share", "Waiting for", "Million instructions", "Lines not in L2", "Memory")
@@ -268,12 +272,19 @@ def _time(name: str, operators: Sequence[Json], whole: float | None) -> tuple[fl
     return seconds, row
 
 
+_QUANTIZED = {
+    "static": "Quantized to int8",
+    "dynamic": "Quantized to int8, activations as they come",
+    "8da4w": "Linear layers quantized to 4-bit weights in groups and 8-bit activations",
+}
+
+
 def _plan_in_words(plan: Json) -> tuple[str, ...]:
     base = "the task's own model" if plan["base"] == "model" else "the student that the task brings"
     lines = [f"Compressed: {base}."]
     if plan["precision"] == "int8":
         kept = f", but for {', '.join(plan['keep_fp32'])}" if plan["keep_fp32"] else ""
-        lines.append(f"Quantized to int8{kept}.")
+        lines.append(f"{_QUANTIZED[plan['scheme']]}{kept}.")
     else:
         lines.append("Kept in fp32.")
     if plan["widths"]:
@@ -286,6 +297,8 @@ def _plan_in_words(plan: Json) -> tuple[str, ...]:
         lines.append(f"Factorized: {', '.join(forms)}.")
     if plan["distil"]:
         lines.append(f"Distilled from the original model for {plural(plan['distil_steps'], 'step')}.")
+    if plan["qat_steps"]:
+        lines.append(f"Trained with the rounding for {plural(plan['qat_steps'], 'step')}.")
     return (*lines, *(f"Why: {why}" for why in plan["why"]))
 
 
@@ -422,7 +435,8 @@ def _calibration(report: Json) -> tuple[tuple[str, ...], ...]:
 
 
 def _trial(row: Json) -> tuple[str, ...]:
-    return row["technique"], str(row["changes"]), figure("", row["estimated"]), figure("", row["real"])
+    scheme = f", {row['scheme']}" if row["technique"] == "quantize" else ""
+    return f"{row['technique']}{scheme}", str(row["changes"]), figure("", row["estimated"]), figure("", row["real"])
 
 
 def _reachable(report: Json) -> Section:

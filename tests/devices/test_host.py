@@ -54,7 +54,7 @@ def artifacts(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dic
     """The model as fp32 and int8 `.pte` and as TorchScript."""
     inputs = (torch.from_numpy(X),)
     lifted = lift(model, inputs)
-    int8 = quantize.apply(lifted, inputs, [inputs, (torch.flip(inputs[0], (3,)),)], xnnpack.quantizer())
+    int8 = quantize.apply(lifted, inputs, [inputs, (torch.flip(inputs[0], (3,)),)], xnnpack.quantizer()).model
     made = {
         "fp32.pte": xnnpack.lower(lifted, inputs),
         "int8.pte": xnnpack.lower(int8, inputs),

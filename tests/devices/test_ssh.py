@@ -40,7 +40,7 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ).eval()
     inputs = (torch.randn(SHAPE),)
     lifted = lift(net, inputs)
-    int8 = quantize.apply(lifted, inputs, [inputs], xnnpack.quantizer())
+    int8 = quantize.apply(lifted, inputs, [inputs], xnnpack.quantizer()).model
     folder = tmp_path_factory.mktemp("nets")
     for name, model in (("fp32", lifted), ("int8", int8)):
         (folder / f"{name}.pte").write_bytes(xnnpack.lower(model, inputs).data)
