@@ -72,8 +72,8 @@ class Built:
     """An artifact, eager PyTorch's outputs for the model that it was lowered from, how training and quantizing went.
 
     `loss`: nats of the softened output distribution from the base's model to what was lowered, on the calibration
-    samples; `unrounded`: before it was quantized. `losses`: what each technique added to it, in the order of the flow; of an untrained plan alone. `steps`:
-    of distillation, as they were made.
+    samples; `unrounded`: before it was quantized. `losses`: what each technique added to it, in the order of the flow;
+    of an untrained plan alone. `steps`: of distillation, as they were made.
     """
 
     artifact: Artifact

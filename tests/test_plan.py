@@ -114,7 +114,7 @@ def test_a_width_may_name_any_layer_of_its_group():
         (Plan(forms=(Form("outer", "spatial", (8, 8)),)), "'outer' the ranks"),
         (Plan(forms=2 * (Form("outer", "spatial", (8,)),)), "factorizes layer 'outer' twice"),
         (Plan(keep_fp32=("nowhere",)), "'nowhere', which the model does not have"),
-        (Plan(distil=True), "distils for 0 steps"),
+        (Plan(distil=True, distil_steps=-1), "distils for -1 steps"),
     ],
 )  # fmt: skip
 def test_an_inconsistent_plan_is_refused_with_the_layers_name(plan, said):
