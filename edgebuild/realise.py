@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -297,8 +297,7 @@ def train(
         digest=lifted_digest(teacher),
     )
     trained, how = distil.apply(model, teacher, training_batches(loaded), lesson, progress)
-    assert isinstance(trained, type(model))
-    return trained, how
+    return cast(Module, trained), how
 
 
 def training_batches(loaded: Loaded) -> Callable[[], Any]:
