@@ -4,8 +4,13 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from edgebuild.errors import UsageError
+
+T = TypeVar("T")
 
 
 def root() -> Path:
@@ -30,6 +35,15 @@ def read(kind: str, name: str) -> bytes | None:
     try:
         return (root() / kind / name).read_bytes()
     except OSError:
+        return None
+
+
+def read_as(kind: str, name: str, of: type[T]) -> T | None:
+    """The value of type `of` stored under a name as JSON, or None. A damaged file counts as none: it is made anew."""
+    data = read(kind, name)
+    try:
+        return None if data is None else msgspec.json.decode(data, type=of)
+    except msgspec.MsgspecError:
         return None
 
 

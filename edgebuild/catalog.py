@@ -80,8 +80,7 @@ def _target(path: Path) -> tuple[Target, str]:
     clusters = table.get("cluster")
     for cluster in clusters if isinstance(clusters, list) else ():
         if isinstance(cluster, dict) and isinstance(name := cluster.get("model"), str):
-            load_core(name, path.parent)  # refused by its own name
-            cluster["model"] = _read(_core_file(name, path.parent))
+            cluster["model"] = load_core(name, path.parent)
     target: Target = _decode(table, Target, path)
     if target.device == "ssh":
         _check_remote(target, costs_of, path)

@@ -221,8 +221,8 @@ def checked(facts: ModelFacts, plan: Plan) -> Plan:
             raise SpecError(
                 f"the plan factorizes layer {form.layer!r} by {form.kind}, which a {layer.op} {layer.kernel} cannot be"
             )
-        bounds = rank_bounds(layer, form)
-        if len(form.ranks) != len(bounds) or not fits(layer, form):
+        if not fits(layer, form):
+            bounds = rank_bounds(layer, form)
             raise SpecError(
                 f"the plan gives layer {form.layer!r} the ranks {form.ranks} for {form.kind}, at most {bounds} "
                 f"with {layer.in_channels} channels in and {layer.out_channels} out"
@@ -291,7 +291,8 @@ def factorized(layer: LayerFacts, form: Form) -> tuple[LayerFacts, ...]:
 
 def fits(layer: LayerFacts, form: Form) -> bool:
     """Whether the layer can have such ranks."""
-    return all(0 < rank <= bound for rank, bound in zip(form.ranks, rank_bounds(layer, form), strict=True))
+    bounds = rank_bounds(layer, form)
+    return len(form.ranks) == len(bounds) and all(0 < r <= b for r, b in zip(form.ranks, bounds, strict=True))
 
 
 def rank_bounds(layer: LayerFacts, form: Form) -> tuple[int, ...]:

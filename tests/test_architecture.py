@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "divergence": BASE | {"lift"},
     "sensitivity": BASE | {"lift", "rounding", "divergence"},
     "training": BASE | {"cache", "clock", "lift", "divergence"},
-    "transforms": BASE | {"clock", "training"} | {"lift", "analyse", "divergence", "sensitivity"},
+    "transforms": BASE | {"clock", "plan", "training"} | {"lift", "analyse", "divergence", "sensitivity"},
     "trials": BASE | {"lift", "divergence", "sensitivity", "transforms"},
     "backends": BASE | {"lift"},
     "devices": BASE | {"cache"},

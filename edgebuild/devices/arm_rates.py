@@ -94,14 +94,10 @@ class Known:
 
     def _fitted(self, key: str, samples: Sequence[layer_model.Sample]) -> tuple[layer_model.Curve, CalibrationError]:
         """The curve of a kind, from the cache where it was fitted to the same times before."""
-        fit = tuple[layer_model.Curve, CalibrationError]
         code = Path(layer_model.__file__).read_bytes()
         name = f"curve-{key}-{store.key(code, repr(samples))[:16]}.json"
-        if (data := store.read(FOLDER, name)) is not None:
-            try:
-                return msgspec.json.decode(data, type=fit)
-            except msgspec.MsgspecError:
-                pass  # a damaged file; it is written anew
+        if (known := store.read_as(FOLDER, name, tuple[layer_model.Curve, CalibrationError])) is not None:
+            return known
         found = layer_model.fit_kind(samples)
         store.write(FOLDER, name, msgspec.json.encode(found))
         return found
@@ -109,7 +105,7 @@ class Known:
     def _simulated(self, names: Iterable[str]) -> list[layer_model.Sample]:
         """The times of the layers of some groups, in a fixed order."""
         asked = [(name, probe) for name in dict.fromkeys(names) for probe in self.groups[name]]
-        times = {name: self._read(name) for name, _ in asked}
+        times = {name: store.read_as(FOLDER, self._file(name), dict[str, float]) or {} for name, _ in asked}
         missing = [(name, probe) for name, probe in asked if _label(probe) not in times[name]]
         batches: list[list[tuple[str, Probe]]] = []
         for whole in (False, True):
@@ -134,13 +130,6 @@ class Known:
             finally:
                 pool.shutdown(cancel_futures=True)
         return [(probe.layer, probe.precision, times[name][_label(probe)]) for name, probe in asked]
-
-    def _read(self, name: str) -> dict[str, float]:
-        data = store.read(FOLDER, self._file(name))
-        try:
-            return msgspec.json.decode(data, type=dict[str, float]) if data else {}
-        except msgspec.MsgspecError:
-            return {}
 
     def _file(self, name: str) -> str:
         return f"layers-{self.machine[:16]}-{name}.json"

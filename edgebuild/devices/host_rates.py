@@ -27,11 +27,7 @@ def program(probes: tuple[Probe, ...]) -> Path:
 
 def read(threads: int) -> Rates | None:
     """The rates of this machine with so many threads, where they were measured before."""
-    data = cache.read("host", _name(threads))
-    try:
-        return msgspec.json.decode(data, type=Rates) if data else None
-    except msgspec.MsgspecError:
-        return None  # a damaged file; it will be written anew
+    return cache.read_as("host", _name(threads), Rates)
 
 
 def write(rates: Rates, threads: int) -> None:

@@ -7,7 +7,6 @@ is the runner's half. This module writes the machine down for the plugin, starts
 import json
 import subprocess
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ def simulate(artifact: Path, target: Target, threads: int, sampled: bool = True)
     mode = "--sample" if sampled else "--simulate"
     key = cache.key(Path(artifact).read_bytes(), *machine_key(target, threads), mode)
     name = f"simulation-{key[:32]}.json"
-    with suppress(msgspec.MsgspecError):  # a damaged file is written anew
-        if known := cache.read("arm", name):
-            return msgspec.json.decode(known, type=Simulation)
+    if (known := cache.read_as("arm", name, Simulation)) is not None:
+        return known
     (found,) = simulate_methods(artifact, target, threads, mode).values()
     cache.write("arm", name, msgspec.json.encode(found))
     return found

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from edgebuild.errors import TransformError
 from edgebuild.lift import outputs_of
+from edgebuild.plan import fits, rank_bounds
 from edgebuild.sensitivity import Probe, Sensitivity, loss
 from edgebuild.spec import Candidate, Form, FormKind, LayerFacts, ModelFacts, pays
 
@@ -196,18 +197,18 @@ def lowered(model: fx.GraphModule, form: Form, moments: Mapping[str, Tensor]) ->
 
 def _check_form(layer: nn.Module, form: Form) -> None:
     if isinstance(layer, nn.Conv2d) and layer.groups == 1:
-        bounds = {
-            "svd": (min(layer.in_channels, layer.out_channels),),
-            "spatial": (min(layer.in_channels * layer.kernel_size[0], layer.out_channels * layer.kernel_size[1]),),
-            "tucker2": (layer.out_channels, layer.in_channels),
-        }[form.kind]
-    elif isinstance(layer, nn.Linear) and form.kind == "svd":
-        bounds = (min(layer.in_features, layer.out_features),)
+        facts = LayerFacts(form.layer, "conv2d", layer.in_channels, layer.out_channels, kernel=layer.kernel_size)
+    elif isinstance(layer, nn.Linear):
+        facts = LayerFacts(form.layer, "linear", layer.in_features, layer.out_features)
     else:
-        raise TransformError(f"layer {form.layer!r} ({type(layer).__name__}) cannot be factorized by {form.kind}")
-    if form.kind == "svd" and isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
-        raise TransformError(f"layer {form.layer!r} is no 1x1 convolution; factorize it by spatial or tucker2")
-    if len(form.ranks) != len(bounds) or any(not 0 < r <= b for r, b in zip(form.ranks, bounds, strict=True)):
+        raise TransformError(f"layer {form.layer!r} ({type(layer).__name__}) cannot be factorized")
+    if form.kind not in (kinds := _kinds(facts)):
+        raise TransformError(
+            f"layer {form.layer!r}, a {facts.op} {facts.kernel}, cannot be factorized by {form.kind}",
+            f"factorize it by {' or '.join(kinds)}",
+        )
+    if not fits(facts, form):
+        bounds = rank_bounds(facts, form)
         raise TransformError(f"layer {form.layer!r} cannot have ranks {form.ranks} for {form.kind}, at most {bounds}")
 
 

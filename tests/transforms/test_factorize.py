@@ -91,6 +91,8 @@ def test_the_probe_is_the_gradient_times_the_change(lifted, image, images):
         Form("hidden", "svd", (500,)),
         Form("hidden", "tucker2", (8, 8)),
         Form("right", "svd", (4,)),
+        Form("right", "tucker2", (4,)),
+        Form("left", "spatial", (4,)),
         Form("depthwise", "spatial", (4,)),
         Form("nowhere", "svd", (4,)),
     ],
