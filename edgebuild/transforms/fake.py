@@ -115,11 +115,21 @@ def _rounding(seen: Any, name: str) -> nn.Module:
         fake = FakeQuantize(MinMaxObserver, **_form(seen))
         fake.activation_post_process.min_val, fake.activation_post_process.max_val = RANGES[name](seen)
         fake.scale, fake.zero_point = fake.calculate_qparams()
+        fake.zero_point = fake.zero_point.float()
         fake.disable_observer()
-        return fake
+        return _steady(fake)
     kind = MovingAverageMinMaxObserver if seen.is_dynamic else MovingAveragePerChannelMinMaxObserver
     fake = FakeQuantize(kind, averaging_constant=1.0, is_dynamic=seen.is_dynamic, **_form(seen))
     fake.eps = float(seen.eps)  # the conversion asks for it
+    return _steady(fake)
+
+
+def _steady(fake: nn.Module) -> nn.Module:
+    """Without integer buffers but zeros: a moving average of weights and buffers would round them down."""
+    for name in ("observer_enabled", "fake_quant_enabled"):
+        switch = getattr(fake, name)
+        delattr(fake, name)
+        setattr(fake, name, switch)
     return fake
 
 

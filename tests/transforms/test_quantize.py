@@ -15,6 +15,7 @@ from edgebuild.errors import BackendError, TaskError, TransformError
 from edgebuild.lift import lift
 from edgebuild.plan import Choice
 from edgebuild.spec import SCHEMES, Distillation
+from edgebuild.training.run import Lesson
 from edgebuild.transforms import distil, fake, quantize
 
 LEAST_SQNR = {"static": 25.0, "dynamic": 30.0, "8da4w": 12.0}  # dB against the fp32 model
@@ -167,7 +168,7 @@ def test_the_model_itself_is_not_changed(lifted, image, images):
 def train(teacher, rate, steps):
     images = torch.randn(512, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     settings = Distillation(steps=steps, learning_rate=rate)
-    return lambda student: distil.apply(student, teacher, lambda: images.split(32), settings, False, True, 0)
+    return lambda student: distil.apply(student, teacher, lambda: images.split(32), Lesson(settings, False, True, 0))
 
 
 def coarse(model):
