@@ -955,10 +955,10 @@ class Round:
     loss: float
     score: float | None  # the task's metric, of the artifact
     training: str
-    quantization: str  # how ranges were found, and what training with the rounding brought
     solve: Solve | None
     corrections: Mapping[str, float]  # factor on the cost model that the plan was made with, by budget and target
     met: bool
+    quantization: str = ""  # how ranges were found, and what training with the rounding brought
 
 
 @dataclass(frozen=True)

@@ -120,3 +120,18 @@ def test_a_width_may_name_any_layer_of_its_group():
 def test_an_inconsistent_plan_is_refused_with_the_layers_name(plan, said):
     with pytest.raises(SpecError, match=said):
         checked(TIED, plan)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"qat_steps": -1}, "qat_steps -1"),
+        ({"qat_steps": 5, "precision": "fp32"}, "rounds nothing"),
+        ({"scheme": "dynamic", "precision": "fp32"}, "rounds nothing"),
+        ({"scheme": "8da4w", "qat_steps": 5}, "not supported"),
+    ],
+)
+def test_rounding_that_no_plan_can_ask_for(fields, reason):
+    with pytest.raises(SpecError, match=reason):
+        checked(ModelFacts((), ()), Plan(**fields))
+    assert checked(ModelFacts((), ()), Plan(scheme="dynamic", qat_steps=5)).qat_steps == 5

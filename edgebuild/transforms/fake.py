@@ -7,6 +7,7 @@ error that rounding leaves in each layer (Nagel et al. 2019, arXiv:1906.04721, s
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torchao.quantization.pt2e import (
 )
 from torchao.quantization.pt2e.observer import ObserverBase
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from edgebuild.divergence import batches, divergence
 from edgebuild.lift import batch_is_free, export, outputs_of
@@ -113,11 +115,21 @@ def _rounding(seen: Any, name: str) -> nn.Module:
         fake = FakeQuantize(MinMaxObserver, **_form(seen))
         fake.activation_post_process.min_val, fake.activation_post_process.max_val = RANGES[name](seen)
         fake.scale, fake.zero_point = fake.calculate_qparams()
+        fake.zero_point = fake.zero_point.float()
         fake.disable_observer()
-        return fake
+        return _steady(fake)
     kind = MovingAverageMinMaxObserver if seen.is_dynamic else MovingAveragePerChannelMinMaxObserver
     fake = FakeQuantize(kind, averaging_constant=1.0, is_dynamic=seen.is_dynamic, **_form(seen))
     fake.eps = float(seen.eps)  # the conversion asks for it
+    return _steady(fake)
+
+
+def _steady(fake: nn.Module) -> nn.Module:
+    """Without integer buffers but zeros: a moving average of weights and buffers would round them down."""
+    for name in ("observer_enabled", "fake_quant_enabled"):
+        switch = getattr(fake, name)
+        delattr(fake, name)
+        setattr(fake, name, switch)
     return fake
 
 
@@ -170,7 +182,18 @@ class _Twice(fx.Interpreter):
 
 def converted(graph: fx.GraphModule) -> nn.Module:
     """The graph with real quantize/dequantize pairs, ready to lower."""
+    _rebind(graph)
     made = convert_pt2e(graph)
     for module in made.modules():
         module.training = False  # it was exported in eval mode; the flag alone is wrong, and eval() is refused
     return made
+
+
+def _rebind(graph: fx.GraphModule) -> None:
+    """Let the annotations of a graph name its own nodes: in a copy they name those of the graph that was copied."""
+    own = {node.name: node for node in graph.graph.nodes}
+    for node in graph.graph.nodes:
+        annotation = node.meta.get(Q_ANNOTATION_KEY)
+        if annotation is not None:
+            inputs = {own[source.name]: form for source, form in annotation.input_qspec_map.items()}
+            node.meta[Q_ANNOTATION_KEY] = replace(annotation, input_qspec_map=inputs)

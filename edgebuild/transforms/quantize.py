@@ -163,18 +163,28 @@ def finish(
     start = prepare_qat(model, inputs, samples, quantizer, logits)
     trained, how = train(start)
     results = [convert(start), convert(trained)]
-    before, after = (_distance(teacher, result, held, logits) for result in results)
-    figures = f"{after:.3g} nats from the teacher on {len(held)} samples held back, {before:.3g} without"
+    before, after = (_unlike(teacher, result, held, logits) for result in results)
+    said = f"on {len(held)} samples held back {_said(after)} instead of {_said(before)}"
     if after < before:
-        return Quantized(results[1], f"{start.how}; trained with its rounding: {how}; {figures}")
-    return Quantized(results[0], f"{start.how}; training with its rounding ({how}) was thrown away: {figures}")
+        return Quantized(results[1], f"{start.how}; trained with its rounding: {how}; {said}")
+    return Quantized(results[0], f"{start.how}; training with its rounding ({how}) was thrown away: {said}")
 
 
-def _distance(model: nn.Module, other: nn.Module, samples: Samples, logits: bool) -> float:
-    """KL divergence in nats from a model to another that takes samples of batch size 1."""
+def _unlike(teacher: nn.Module, other: nn.Module, samples: Samples, logits: bool) -> tuple[float, float]:
+    """How far a model that takes samples of batch size 1 is from its teacher; what compares as less is nearer.
+
+    For logits first the share of other answers (top-1): training on labels sharpens outputs, which moves them away from
+    the teacher's and may still be right. Then the KL divergence in nats.
+    """
     with torch.no_grad():
-        pairs = [(outputs_of(model(*sample)), outputs_of(other(*sample))) for sample in samples]
-    return sum(divergence(before, after, logits) for before, after in pairs) / len(pairs)
+        pairs = [(outputs_of(teacher(*sample)), outputs_of(other(*sample))) for sample in samples]
+    kl = sum(divergence(before, after, logits) for before, after in pairs) / len(pairs)
+    agreed = [float((y[0].argmax(-1) == z[0].argmax(-1)).float().mean()) for y, z in pairs] if logits else [1.0]
+    return 1 - sum(agreed) / len(agreed), kl
+
+
+def _said(unlike: tuple[float, float]) -> str:
+    return f"{1 - unlike[0]:.1%} agree with the teacher ({unlike[1]:.3g} nats)"
 
 
 # -------------------------------------------------------------------------------------------------- 4-bit groups
