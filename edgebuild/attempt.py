@@ -10,13 +10,14 @@ from torch import fx
 
 from edgebuild import verify
 from edgebuild.backends import BACKENDS
+from edgebuild.built import Built
 from edgebuild.clock import Clock
 from edgebuild.devices import DEVICES, Arrays
 from edgebuild.errors import DeviceError
 from edgebuild.load import Loaded
 from edgebuild.plan import Choice
 from edgebuild.propose import Planner, Proposal
-from edgebuild.realise import Base, Built, realise
+from edgebuild.realise import Base, realise
 from edgebuild.spec import (
     PER_TARGET,
     Accuracy,

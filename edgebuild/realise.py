@@ -1,27 +1,24 @@
 """Carries out a plan: prune, factorize, distil, quantize, lower. What it makes is kept in the cache, by content."""
 
-import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from edgebuild import cache, trials
+from edgebuild import built, cache, trials
 from edgebuild.analyse import analyse, check_prunable
 from edgebuild.backends import BACKENDS
+from edgebuild.built import Built
 from edgebuild.clock import Progress
-from edgebuild.devices import Arrays
 from edgebuild.environment import versions
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
 from edgebuild.sensitivity import Sensitivity, measure, moments
 from edgebuild.spec import (
     SCHEMES,
-    Artifact,
     Candidate,
     Distillation,
     ModelFacts,
@@ -65,31 +62,6 @@ class Base:
     training: str = ""
     trials: tuple[Trial, ...] = ()
     scheme: Scheme = "static"
-
-
-@dataclass(frozen=True)
-class Built:
-    """An artifact, eager PyTorch's outputs for the model that it was lowered from, how training and quantizing went.
-
-    `loss`: nats of the softened output distribution from the base's model to what was lowered, on the calibration
-    samples; `unrounded`: before it was quantized. `losses`: what each technique added to it, in the order of the flow;
-    of an untrained plan alone. `steps`: of distillation, as they were made.
-    """
-
-    artifact: Artifact
-    expected: tuple[Arrays, ...]
-    training: str
-    steps: int
-    reused: bool
-    loss: float
-    unrounded: float
-    losses: Mapping[Technique, float]
-    quantization: str = ""
-    lowered: nn.Module | None = field(default=None, compare=False)  # None where the artifact came from the cache
-
-    @property
-    def sha256(self) -> str:
-        return cache.key(self.artifact.data)
 
 
 def lifted_digest(model: fx.GraphModule) -> str:
@@ -145,7 +117,7 @@ def realise(
 ) -> Built:
     """Build a plan's artifact, or take it from the cache. Raises TransformError, BackendError or TaskError."""
     name = cache.key(base.digest, _settings(plan, profile))
-    kept = None if base.fresh else _read(name)
+    kept = None if base.fresh else built.read(name)
     if kept is not None:
         return kept
     inputs, samples = loaded.task.example_inputs, loaded.samples[:SENSITIVITY_SAMPLES]
@@ -170,9 +142,9 @@ def realise(
             losses["quantize"] = loss - sum(losses.values())
     artifact = BACKENDS[profile.artifact].lower(lowered, inputs)
     expected = tuple(eager(lowered, samples))
-    built = Built(artifact, expected, training, steps, False, loss, unrounded, losses, quantization, lowered)
-    _write(name, built)
-    return built
+    made = Built(artifact, expected, training, steps, False, loss, unrounded, losses, quantization, lowered)
+    built.write(name, made)
+    return made
 
 
 def _distilled(
@@ -187,13 +159,13 @@ def _distilled(
     """The model trained, how that went, and its steps. Plans that only round it otherwise take it from the cache."""
     unrounded = replace(plan, precision="fp32", keep_fp32=(), scheme="static", qat_steps=0)
     name = cache.key("trained", base.digest, _settings(unrounded, profile))
-    kept = _read_trained(name, model) if not base.fresh or name in base.made else None
+    kept = built.read_trained(name, model) if not base.fresh or name in base.made else None
     if kept is not None:
         return kept
     settings = replace(profile.distillation, steps=plan.distil_steps)
     hints = _hints(base, plan) if base.name == "model" and settings.hint_weight else ()
     trained, how = train(model, teacher, loaded, settings, profile.seed, progress, name, hints)
-    _write_trained(name, trained, how)
+    built.write_trained(name, trained, how)
     base.made.add(name)
     return trained, str(how), how.steps
 
@@ -320,72 +292,3 @@ def _settings(plan: Plan, profile: Profile) -> str:
         "versions": versions(),
     }
     return json.dumps(settings, sort_keys=True, default=str)
-
-
-# ------------------------------------------------------------------------------------------------------ the cache
-
-
-def _write(name: str, built: Built) -> None:
-    from safetensors.numpy import save
-
-    facts = {key: value for key, value in asdict(built.artifact).items() if key != "data"}
-    tensors = {"artifact": np.frombuffer(built.artifact.data, dtype=np.uint8)}
-    for s, sample in enumerate(built.expected):
-        tensors |= {f"{s:04}.{i}": np.ascontiguousarray(y) for i, y in enumerate(sample)}
-    losses = json.dumps({"total": built.loss} | dict(built.losses))
-    about = {
-        "facts": json.dumps(facts),
-        "training": built.training,
-        "steps": str(built.steps),
-        "quantization": built.quantization,
-        "losses": losses,
-        "unrounded": repr(built.unrounded),
-    }
-    cache.write("built", name, save(tensors, about))
-
-
-def _write_trained(name: str, model: fx.GraphModule, how: Training) -> None:
-    from safetensors.torch import save
-
-    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    cache.write("trained", name, save(tensors, {"how": str(how), "steps": str(how.steps)}))
-
-
-def _read_trained(name: str, model: fx.GraphModule) -> tuple[fx.GraphModule, str, int] | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    data = cache.read("trained", name)
-    if data is None:
-        return None
-    try:
-        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        trained = copy.deepcopy(model)
-        trained.load_state_dict(load(data))
-        return trained, about["how"], int(about["steps"])
-    except (SafetensorError, KeyError, ValueError, RuntimeError):
-        return None  # damaged: it is made again
-
-
-def _read(name: str) -> Built | None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    data = cache.read("built", name)
-    if data is None:
-        return None
-    try:
-        tensors = load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        facts = json.loads(metadata["facts"])
-        samples: dict[str, list[np.ndarray]] = {}
-        for key in sorted(key for key in tensors if key != "artifact"):
-            samples.setdefault(key.partition(".")[0], []).append(tensors[key])
-        facts["fallen_back"] = tuple(facts["fallen_back"])
-        artifact = Artifact(data=tensors["artifact"].tobytes(), **facts)
-        expected, losses = tuple(tuple(outputs) for outputs in samples.values()), json.loads(metadata["losses"])
-        total, steps, unrounded = losses.pop("total"), int(metadata["steps"]), float(metadata["unrounded"])
-        how, rounded = metadata["training"], metadata["quantization"]
-        return Built(artifact, expected, how, steps, True, total, unrounded, losses, rounded)
-    except (SafetensorError, KeyError, ValueError, TypeError):
-        return None  # damaged: it is made again

@@ -43,7 +43,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "footprint": BASE,
     "costs": BASE | {"cache", "plan", "space", "devices", "footprint"},
     "verify": MODEL | {"load", "devices", "backends"},
+    "built": BASE | {"cache", "training", "devices"},
     "realise": MODEL
+    | {"built"}
     | {"environment", "clock", "training", "load", "cache", "analyse", "sensitivity", "transforms", "trials"}
     | {"backends", "devices", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
