@@ -66,7 +66,7 @@ def test_every_scheme_answers_as_the_model_does_and_is_as_small_as_predicted(tra
     assert ("embed" in quantized.how) == (scheme == "8da4w")  # 72 inputs: 8 bits instead
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
 def test_what_stays_fp32_does_so_in_every_scheme(transformer, sentences, scheme):
     def size(kept):
         return len(xnnpack.lower(quantized(kept), sentences[0]).data)
@@ -190,7 +190,7 @@ def test_before_training_it_computes_what_is_lowered(lifted, image, images):
     assert copy.deepcopy(start).train().training and not start.eval().training
 
 
-@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+@pytest.mark.parametrize("scheme", ["static"])
 def test_training_with_the_rounding_loses_less_and_what_is_lowered_has_it(lifted, image, images, scheme):
     model = coarse(lifted)
     samples, held = images[::2], images[1::2]
