@@ -33,6 +33,11 @@ def analyse(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> ModelFacts:
     return ModelFacts(tuple(layers), tuple(groups), unprunable)
 
 
+def layers_of(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[LayerFacts]:
+    """The layers alone, in execution order."""
+    return _layers(model, _shapes(model, inputs))
+
+
 # ------------------------------------------------------------------------------------------------------ layers
 
 

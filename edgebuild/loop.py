@@ -1,6 +1,6 @@
 """Plan, realise, measure, correct the cost model, again: until the measured artifact meets every budget."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from edgebuild import trials
@@ -9,7 +9,7 @@ from edgebuild.clock import Clock
 from edgebuild.costs import Factors
 from edgebuild.errors import BackendError, TransformError
 from edgebuild.load import Loaded
-from edgebuild.plan import Choice
+from edgebuild.plan import Choice, checked
 from edgebuild.propose import (
     Planner,
     Proposal,
@@ -25,6 +25,8 @@ from edgebuild.propose import (
 )
 from edgebuild.realise import Base
 from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
+
+Make = Callable[[Planner | None], Base | None]
 
 LARGEST_CORRECTION = 5.0
 MOST_DRAFTS = 12  # plans of one base; each was corrected by those before it
@@ -43,7 +45,8 @@ class Found:
 
 
 def improve(
-    bases: Iterable[Base],
+    bases: Iterable[Make],
+    rival: Make | None,
     original: Original,
     loaded: Loaded,
     profile: Profile,
@@ -53,17 +56,24 @@ def improve(
 ) -> Found:
     """Try plans, least harm first, until one meets every budget, none can, or the profile's time is over.
 
-    With a `given` plan, it is built and no other. Each plan is lowered and measured before it is trained: training
-    changes neither size nor latency nor memory, and takes the time.
+    `bases` make the models to compress, each only if it comes to that, from the planner of the one before it; or None.
+    `rival` is the one that is tried before a plan of the first is trained, where it is estimated to lose less. With a
+    `given` plan, it is built and no other. Each plan is lowered and measured before it is trained: training changes
+    neither size nor latency nor memory, and takes the time.
     """
     trail = _Trail([], [], [])
     reach: tuple[Reachable, ...] = ()
     planner: Planner | None = None
     infeasible = False
-    for base in bases:
-        planner = Planner(base, profile, tuple(targets), {}, base.candidates)
-        planner = replace(planner, factors=first_factors(planner, original))
-        planner, infeasible = _improve_base(planner, given, original, loaded, clock, trail)
+    for make in bases:
+        base = make(planner)
+        if base is None or any(attempt.base is base for attempt in trail.attempts):
+            continue
+        before = planner.factors if planner is not None and base.name == "shortened" else {}  # the same layers
+        planner = Planner(base, profile, tuple(targets), before, base.candidates)
+        planner = replace(planner, factors=before or first_factors(planner, original))
+        planner, infeasible = _improve_base(planner, given, rival, original, loaded, clock, trail)
+        rival = None
         with clock.stage("plan", "looking for what each budget could be"):
             reach = reachable(planner)
         if infeasible:
@@ -86,12 +96,18 @@ class _Trail:
 
 
 def _improve_base(
-    planner: Planner, given: Plan | None, original: Original, loaded: Loaded, clock: Clock, trail: _Trail
+    planner: Planner,
+    given: Plan | None,
+    rival: Make | None,
+    original: Original,
+    loaded: Loaded,
+    clock: Clock,
+    trail: _Trail,
 ) -> tuple[Planner, bool]:
     """Rounds on one base; the planner as corrected, and whether it is proven that no plan of this base fits."""
     profile = planner.profile
     tried: list[Proposal] = []
-    proposed: Proposal | None = proposal(planner, given) if given else start(planner)
+    proposed: Proposal | None = proposal(planner, checked(planner.base.facts, given)) if given else start(planner)
     while proposed is not None:
         tried.append(proposed)
         attempt: Attempt | None = None
@@ -99,6 +115,12 @@ def _improve_base(
             attempt = carry_out(planner, proposed, original, loaded, clock, draft=proposed.plan.distil)
             planner = _note(planner, attempt, trail, clock)
             if attempt.draft and not attempt.failed:
+                other = _rival(planner, proposed, rival)
+                rival = None
+                if other is not None:
+                    other, _ = _improve_base(other, None, None, original, loaded, clock, trail)
+                    if clock.elapsed > profile.time or any(kept.outcome == "met" for kept in trail.attempts):
+                        return other, False
                 attempt = carry_out(planner, proposed, original, loaded, clock, draft=False)
                 planner = _note(planner, attempt, trail, clock)
         except (TransformError, BackendError) as error:
@@ -137,6 +159,16 @@ def _improve_base(
                 trail.findings.append(Finding("limit", "plan", what))
             return planner, solve.status == "infeasible"
     return planner, False
+
+
+def _rival(planner: Planner, proposed: Proposal, make: Make | None) -> Planner | None:
+    """The planner of the base that is estimated to lose less than a plan, if there is one."""
+    base = make(planner) if make is not None else None
+    if base is None:
+        return None
+    other = replace(planner, base=base, candidates=base.candidates)
+    best, _ = propose(other, [])
+    return other if best is not None and base.lost + best.total_loss < proposed.total_loss else None
 
 
 def _note(planner: Planner, attempt: Attempt, trail: _Trail, clock: Clock) -> Planner:

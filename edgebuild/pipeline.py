@@ -1,7 +1,7 @@
 """The flow: load -> analyse -> plan -> prune/factorize -> distil -> quantize -> lower -> verify -> report -> bundle."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ import msgspec
 import torch
 from torch import fx
 
-from edgebuild import bundle, cache, catalog, costs, report, verify
+from edgebuild import bundle, cache, catalog, costs, report, students, verify
 from edgebuild.attempt import Original, take_original
 from edgebuild.clock import Clock, Tell
 from edgebuild.devices import DEVICES
 from edgebuild.environment import machine, versions
 from edgebuild.lift import batch_is_free, lift
 from edgebuild.load import Loaded, load
-from edgebuild.loop import Found, improve
+from edgebuild.loop import Found, Make, improve
 from edgebuild.plan import checked, choice_of
 from edgebuild.propose import Planner, Proposal, askable, fits, frontier, nearest, propose, reachable, start
 from edgebuild.realise import Base, lifted_digest, prepare, train, training_batches
@@ -110,8 +110,8 @@ def build(request: Request, tell: Tell) -> Report:
     if given and given.base == "model":
         given = checked(base.facts, given)
     original = take_original(base, loaded, profile, targets, clock)
-    bases = _bases(request, base, original, loaded, profile, clock, given)
-    found = improve(bases, original, loaded, profile, targets, clock, given)
+    bases, rival = _bases(request, base, original, loaded, profile, clock, given)
+    found = improve(bases, rival, original, loaded, profile, targets, clock, given)
     with clock.stage("frontier", "looking along the trade-off curve"):
         curve = frontier(found.planner, found.best.proposal if found.best else None)
     made = _report(request, loaded, base, original, found, curve, findings, clock)
@@ -175,20 +175,49 @@ def _bases(
     profile: Profile,
     clock: Clock,
     given: Plan | None,
-) -> Iterator[Base]:
-    """The models to compress, in order: the task's own, then its student once distilled (only if it comes to that)."""
-    if not request.student and (given is None or given.base == "model"):
-        yield model
-    if loaded.task.student is None or "distil" not in profile.techniques:
-        return
-    inputs = loaded.task.example_inputs
-    student = lift(loaded.task.student, inputs)
-    with clock.stage("distil", f"distilling the student, {profile.distillation.steps} steps"):
-        settings, keep = profile.distillation, cache.key(lifted_digest(student), model.digest, repr(profile))
-        trained, how = train(student, original.model, loaded, settings, profile.seed, clock.training, keep)
-    with clock.stage("analyse", "analysing the student"):
-        base = prepare("student", lift(trained, inputs), loaded, profile, inputs_digest(loaded), fresh=request.rebuild)
-    yield replace(base, training=f"student distilled: {how}")
+) -> tuple[list[Make], Make | None]:
+    """What makes the models to compress, in order: the task's own, the same shortened, its student once distilled.
+
+    And the one that is tried before a plan of the first is trained, where it is estimated to lose less.
+    """
+    inputs, digest = loaded.task.example_inputs, inputs_digest(loaded)
+
+    made: list[Base] = []
+
+    def shortened(planner: Planner | None) -> Base | None:
+        if made:
+            return made[0]
+        if given is not None:
+            return students.shortened(model, given.dropped, loaded, profile, digest)
+        assert planner is not None
+        with clock.stage("plan", "looking for blocks that could go"):
+            chosen = students.choose(planner, loaded)
+        if chosen is None:
+            return None
+        short, why = chosen
+        with clock.stage("analyse", f"analysing the model without {len(short.dropped)} of its blocks"):
+            names = [block.name for block in short.dropped]
+            made.append(replace(students.shortened(model, names, loaded, profile, digest), why=(why,)))
+        return made[0]
+
+    def student(planner: Planner | None) -> Base | None:
+        assert loaded.task.student is not None
+        lifted = lift(loaded.task.student, inputs)
+        with clock.stage("distil", f"distilling the student, {profile.distillation.steps} steps"):
+            settings, keep = profile.distillation, cache.key(lifted_digest(lifted), model.digest, repr(profile))
+            trained, how = train(lifted, original.model, loaded, settings, profile.seed, clock.training, keep)
+        with clock.stage("analyse", "analysing the student"):
+            base = prepare("student", lift(trained, inputs), loaded, profile, digest, fresh=request.rebuild)
+        why = "student: no plan for the model itself met the budgets"
+        return replace(base, training=f"student distilled: {how}", why=(why,))
+
+    wanted = {"student"} if request.student else {given.base} if given else {"model", "shortened", "student"}
+    bases: list[Make] = [lambda planner: model] if "model" in wanted else []
+    if "shortened" in wanted and (given or "prune" in profile.techniques):
+        bases.append(shortened)
+    if "student" in wanted and loaded.task.student is not None and "distil" in profile.techniques:
+        bases.append(student)
+    return bases, shortened if shortened in bases and not given else None
 
 
 def inputs_digest(loaded: Loaded) -> str:

@@ -191,6 +191,11 @@ def checked(facts: ModelFacts, plan: Plan) -> Plan:
 
     A width may name any layer that makes the group's channels; all that name one group must agree.
     """
+    if (plan.base == "shortened") != bool(plan.dropped):
+        raise SpecError(
+            f"the plan's base is {plan.base!r}, and it drops {', '.join(plan.dropped) or 'no block'}",
+            'blocks are dropped from the base "shortened", and only from it',
+        )
     group_of = {name: group for group in facts.groups for name in group.outputs if facts.layer(name).weighted}
     weighted = {layer.name: layer for layer in facts.layers if layer.weighted}
     widths: dict[str, tuple[str, Width]] = {}

@@ -102,12 +102,11 @@ class Planner:
 def start(planner: Planner) -> Proposal:
     """The least harm: nothing but the precision; 4-bit groups where the size budget asks for less than int8 gives."""
     choice = Choice(planner.base.facts, planner.precision)
-    why = "int8 alone" if planner.precision == "int8" else "as it is"
-    scheme = planner.base.scheme if planner.precision == "int8" else "static"
-    first = proposal(planner, to_plan(choice, base=planner.base.name, scheme=scheme, why=(why,)))
+    first = proposal(planner, _plan(planner, choice, ("int8 alone" if planner.precision == "int8" else "as it is",)))
     if planner.precision == "fp32" or not any(trial.scheme == "8da4w" for trial in planner.base.trials):
         return first
-    smaller = proposal(planner, replace(first.plan, scheme="8da4w", why=("8da4w: int8 is above the size budget",)))
+    why = (*planner.base.why, "8da4w: int8 is above the size budget")
+    smaller = proposal(planner, replace(first.plan, scheme="8da4w", why=why))
     size = ("size", "")
     too_large = any(first.predicted[size] > limit.bound for limit in planner.limits if limit.kind == "size")
     return smaller if too_large and fits(planner, smaller) else first
@@ -130,7 +129,7 @@ def propose(planner: Planner, tried: Sequence[Proposal]) -> tuple[Proposal | Non
         points, _ = planner.space(limits)
         solved = program.solve(points, limits, done)
         if solved.choice is not None:
-            plan = _plan(planner, solved.choice, solved.loss, points, limits)
+            plan = _plan(planner, solved.choice, _why(planner, solved.choice, solved.loss, points, limits))
             return proposal(planner, plan, solved.solve), solved.solve
         if solved.solve.status != "infeasible":
             break
@@ -223,7 +222,7 @@ def nearest(planner: Planner, limit: Limit) -> Proposal | None:
     found = program.least(points, [*others, limit], limit, NEAREST_GAP)
     if found.choice is None or limit.predicted(found.choice) <= limit.bound:
         return None
-    plan = to_plan(found.choice, base=planner.base.name, why=(f"the least {name(limit)}, every other budget as asked",))
+    plan = _plan(planner, found.choice, (f"the least {name(limit)}, every other budget as asked",))
     return proposal(planner, plan, found.solve)
 
 
@@ -285,17 +284,22 @@ def name(limit: Limit) -> str:
 # ------------------------------------------------------------------------------------------------------- reasons
 
 
-def _plan(planner: Planner, choice: Choice, loss: float, points: Space, limits: Sequence[Limit]) -> Plan:
-    profile = planner.profile
-    why = _why(planner, choice, loss, points, limits)
-    if planner.base.name == "student":
-        why = ("student: no plan for the model itself met the budgets", *why)
-    distil = bool(choice.widths or choice.forms) and "distil" in profile.techniques
+def _plan(planner: Planner, choice: Choice, why: Sequence[str]) -> Plan:
+    base, profile = planner.base, planner.profile
+    why = (*base.why, *why)
+    distil = bool(choice.widths or choice.forms or base.dropped) and "distil" in profile.techniques
     if distil:
         why = (*why, "distil: to recover what the cuts lose")
     steps = profile.distillation.steps if distil else 0
-    scheme = planner.base.scheme if choice.precision == "int8" else "static"
-    return to_plan(choice, base=planner.base.name, scheme=scheme, distil=distil, distil_steps=steps, why=why)
+    return to_plan(
+        choice,
+        base=base.name,
+        dropped=base.dropped,
+        scheme=base.scheme if choice.precision == "int8" else "static",
+        distil=distil,
+        distil_steps=steps,
+        why=why,
+    )
 
 
 def _why(planner: Planner, choice: Choice, loss: float, points: Space, limits: Sequence[Limit]) -> tuple[str, ...]:

@@ -44,14 +44,15 @@ TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at
 
 @dataclass(frozen=True)
 class Base:
-    """A model to compress, analysed: the task's own, or its student once it has been distilled.
+    """A model to compress, analysed: the task's own, the same without some blocks, or its student once distilled.
 
     The candidates' losses are calibrated by `trials`, for int8 in the `scheme` that loses less. `digest` covers the
     weights and all inputs that a realised plan depends on; `fresh` takes nothing from the cache but what was `made` in
-    this build.
+    this build. `dropped`: the blocks that it is without, and `lost`, the nats from the task's model to this one; `why`
+    it is tried.
     """
 
-    name: str
+    name: str  # as in a plan: model, shortened or student
     model: fx.GraphModule
     facts: ModelFacts
     sensitivity: Sensitivity
@@ -62,6 +63,14 @@ class Base:
     training: str = ""
     trials: tuple[Trial, ...] = ()
     scheme: Scheme = "static"
+    dropped: tuple[str, ...] = ()
+    lost: float = 0.0
+    why: tuple[str, ...] = ()
+
+
+def spread(samples: Sequence[tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:
+    """As many samples as losses are measured on, from all over the calibration data."""
+    return samples[:: max(1, len(samples) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
 
 
 def lifted_digest(model: fx.GraphModule) -> str:
@@ -79,7 +88,7 @@ def prepare(
     facts = analyse(model, inputs)
     techniques = profile.techniques
     facts = check_prunable(model, inputs, facts) if "prune" in techniques else facts
-    samples = loaded.samples[:: max(1, len(loaded.samples) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
+    samples = spread(loaded.samples)
     logits = loaded.task.outputs == "logits"
     candidates: tuple[Candidate, ...] = ()
     found = Sensitivity({}, {}, {}, {})
@@ -163,7 +172,7 @@ def _distilled(
     if kept is not None:
         return kept
     settings = replace(profile.distillation, steps=plan.distil_steps)
-    hints = _hints(base, plan) if base.name == "model" and settings.hint_weight else ()
+    hints = _hints(base, plan) if base.name != "student" and settings.hint_weight else ()
     trained, how = train(model, teacher, loaded, settings, profile.seed, progress, name, hints)
     built.write_trained(name, trained, how)
     base.made.add(name)

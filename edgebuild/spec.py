@@ -625,13 +625,14 @@ class Trial:
 class Plan:
     """What to do to the model, as data; ships with the artifact and can be built again from its JSON.
 
-    `base` says which model is compressed: the task's own or the student that it brings. `widths` and `forms` hold what
-    changes; everything they do not name stays. `scheme` is how int8 is computed. `qat_steps` of training with faked
-    rounding follow the distillation; with 0 the model is quantized as it is. `why` says in plain words what each
-    technique was needed for.
+    `base` says which model is compressed: the task's own, the same without the residual blocks in `dropped` (by their
+    first layers), or the student that the task brings. `widths` and `forms` hold what changes; everything they do not
+    name stays. `scheme` is how int8 is computed. `qat_steps` of training with faked rounding follow the distillation;
+    with 0 the model is quantized as it is. `why` says in plain words what each technique was needed for.
     """
 
-    base: Literal["model", "student"] = "model"
+    base: Literal["model", "shortened", "student"] = "model"
+    dropped: tuple[str, ...] = ()
     widths: tuple[Width, ...] = ()
     forms: tuple[Form, ...] = ()
     precision: Precision = "int8"
@@ -647,7 +648,7 @@ class Plan:
     def techniques(self) -> tuple[Technique, ...]:
         used = {
             "quantize": self.precision == "int8",
-            "prune": bool(self.widths),
+            "prune": bool(self.widths or self.dropped),
             "factorize": bool(self.forms),
             "distil": self.distil,
         }

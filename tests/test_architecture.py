@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundle": BASE | {"report"},
     "propose": BASE | {"plan", "space", "program", "costs", "realise", "report"},
 }
+MAY_IMPORT["students"] = MAY_IMPORT["realise"] | {"realise", "propose"}
 STAGES = set(MAY_IMPORT)
 MAY_IMPORT["attempt"] = STAGES
 MAY_IMPORT["loop"] = STAGES | {"attempt"}

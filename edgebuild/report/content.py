@@ -280,8 +280,12 @@ _QUANTIZED = {
 
 
 def _plan_in_words(plan: Json) -> tuple[str, ...]:
-    base = "the task's own model" if plan["base"] == "model" else "the student that the task brings"
-    lines = [f"Compressed: {base}."]
+    bases = {
+        "model": "the task's own model",
+        "shortened": f"the task's own model without the residual blocks {', '.join(plan['dropped'])}",
+        "student": "the student that the task brings",
+    }
+    lines = [f"Compressed: {bases[plan['base']]}."]
     if plan["precision"] == "int8":
         kept = f", but for {', '.join(plan['keep_fp32'])}" if plan["keep_fp32"] else ""
         lines.append(f"{_QUANTIZED[plan['scheme']]}{kept}.")
@@ -502,6 +506,7 @@ def _round(row: Json) -> tuple[str, ...]:
     plan = row["plan"]
     used = {
         "student": plan["base"] == "student",
+        "shorten": plan["dropped"],
         "quantize": plan["precision"] == "int8",
         "prune": plan["widths"],
         "factorize": plan["forms"],
