@@ -25,6 +25,7 @@ from edgebuild.propose import (
 )
 from edgebuild.realise import Base
 from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
+from edgebuild.students import CLEARLY
 
 Make = Callable[[Planner | None], Base | None]
 
@@ -162,13 +163,13 @@ def _improve_base(
 
 
 def _rival(planner: Planner, proposed: Proposal, make: Make | None) -> Planner | None:
-    """The planner of the base that is estimated to lose less than a plan, if there is one."""
+    """The planner of the base that is estimated to lose clearly less than a plan, if there is one."""
     base = make(planner) if make is not None else None
     if base is None:
         return None
     other = replace(planner, base=base, candidates=base.candidates)
     best, _ = propose(other, [])
-    return other if best is not None and base.lost + best.total_loss < proposed.total_loss else None
+    return other if best is not None and base.lost + best.total_loss < CLEARLY * proposed.total_loss else None
 
 
 def _note(planner: Planner, attempt: Attempt, trail: _Trail, clock: Clock) -> Planner:

@@ -14,6 +14,8 @@ from edgebuild.spec import Candidate, Profile, Width
 from edgebuild.transforms import shorten
 from edgebuild.transforms.shorten import Shortened
 
+CLEARLY = 0.5  # of what the whole model's plan loses: estimates of two models are not compared to the last digit
+
 
 def shortened(model: Base, dropped: Sequence[str], loaded: Loaded, profile: Profile, inputs_digest: str) -> Base:
     """The task's model without these blocks, analysed anew. Raises TransformError where it has no such blocks."""
@@ -33,7 +35,8 @@ def choose(planner: Planner, loaded: Loaded) -> tuple[Shortened, str] | None:
     """
     inputs, logits = loaded.task.example_inputs, loaded.task.outputs == "logits"
     proposed, _ = propose(planner, [])
-    whole = least = proposed.total_loss if proposed else inf
+    whole = proposed.total_loss if proposed else inf
+    least = CLEARLY * whole
     best: Shortened | None = None
     for short in shorten.greedy(planner.base.model, inputs, spread(loaded.samples), logits):
         if short.loss >= least:  # each further drop loses more

@@ -506,7 +506,7 @@ def _round(row: Json) -> tuple[str, ...]:
     plan = row["plan"]
     used = {
         "student": plan["base"] == "student",
-        "shorten": plan["dropped"],
+        "shorten": plan.get("dropped", ()),
         "quantize": plan["precision"] == "int8",
         "prune": plan["widths"],
         "factorize": plan["forms"],
