@@ -32,6 +32,7 @@ from edgebuild.vision import import_torchvision
 DIVISOR = 8  # channels stay a multiple of it: XNNPACK's tiles
 GRADIENT_BATCHES = 16  # for importances by gradients
 SCORED = 1000  # training images that judge a width in ModelOpt's search
+NORMED = 4  # batches that batch norms see before
 CALIBRATED = 300  # images, as NNCF takes by default
 PEAK_RATE, WARM_UP = 0.05, 0.05
 
@@ -116,7 +117,7 @@ def fastnas(job: Job, share: float) -> nn.Module:
     config.nn_batchnorm2d["*"]["feature_divisor"] = DIVISOR
     images, labels = job.training_images(SCORED)
     judged = replace(job.data, test=images, test_labels=labels)
-    batches = job.training_images(4 * cifar.BATCH, seed=1)[0].split(cifar.BATCH)
+    batches = job.training_images(NORMED * cifar.BATCH, seed=1)[0].split(cifar.BATCH)
 
     def score(model: nn.Module) -> float:
         with torch.no_grad():
