@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from compression import builds, mnist, resume  # noqa: E402
+from compression import builds, mnist, resume, tools  # noqa: E402
 
 # How many times smaller and faster than fp32, points that may be lost, minutes of training. The first is int8 alone.
 POINTS: dict[str, tuple[float, float, float, str]] = {
@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--time", default="3 min", help="of each training, for techniques and tools")
     parser.add_argument("--seeds", type=int, default=5, help="for mnist")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    tools.add_options(parser)
     options = parser.parse_args()
     if options.experiment in ("cifar", "techniques", "tools", "resume"):
         for name in ("model", "weights", "images"):
@@ -108,6 +109,7 @@ EXPERIMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "keywords": example,
     "transformer": example,
     "resume": resume.run,
+    "tools": tools.run,
 }
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def fastnas(job: Job, share: float) -> nn.Module:
     }
     bound = {"flops": f"{100 * (1 - share):.1f}%"}
     model = copy.deepcopy(job.model)
-    return mtp.prune(model, [("fastnas", config)], bound, job.inputs[0], search)[0]  # type: ignore[no-any-return]
+    return mtp.prune(model, [("fastnas", config)], bound, job.inputs[0], search)[0]
 
 
 def label_free_hessian(job: Job, share: float) -> nn.Module:
@@ -159,6 +159,9 @@ def label_free_hessian(job: Job, share: float) -> nn.Module:
 
 
 class Normalize(nn.Module):
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, mean: Tensor, deviation: Tensor):
         super().__init__()
         self.register_buffer("mean", mean)
@@ -242,7 +245,7 @@ def distil(model: nn.Module, job: Job) -> tuple[nn.Module, int]:
     taught: Any = mtd.convert(model, [("kd_loss", config)])
 
     def loss(output: Tensor, labels: Tensor) -> Tensor:
-        return taught.compute_kd_loss(student_loss=F.cross_entropy(output, labels))  # type: ignore[no-any-return]
+        return taught.compute_kd_loss(student_loss=F.cross_entropy(output, labels))
 
     trained, steps = _train(taught, job, loss)
     return mtd.export(trained), steps
@@ -302,7 +305,7 @@ def pt2e(model: nn.Module, job: Job, samples: Sequence[Tensor]) -> nn.Module:
     prepared = prepare_pt2e(torch.export.export(model, job.inputs).module(check_guards=False), xnnpack_quantizer())
     for sample in samples:
         prepared(sample)
-    return convert_pt2e(prepared)  # type: ignore[no-any-return]
+    return convert_pt2e(prepared)
 
 
 def nncf(model: nn.Module, job: Job, samples: Sequence[Tensor]) -> nn.Module:
@@ -311,7 +314,7 @@ def nncf(model: nn.Module, job: Job, samples: Sequence[Tensor]) -> nn.Module:
     from nncf.experimental.torch.fx import quantize_pt2e
 
     exported = torch.export.export(model, job.inputs).module(check_guards=False)
-    return quantize_pt2e(exported, xnnpack_quantizer(), Dataset(list(samples)))  # type: ignore[no-any-return]
+    return quantize_pt2e(exported, xnnpack_quantizer(), Dataset(list(samples)))
 
 
 def neural_compressor(model: nn.Module, job: Job, samples: Sequence[Tensor]) -> nn.Module:
@@ -331,7 +334,7 @@ def neural_compressor(model: nn.Module, job: Job, samples: Sequence[Tensor]) -> 
         prepared(sample)
     converted = convert(prepared)
     constant_fold(converted, _quant_node_constraint)
-    return converted  # type: ignore[no-any-return]
+    return converted
 
 
 def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
