@@ -33,6 +33,7 @@ DIVISOR = 8  # channels stay a multiple of it: XNNPACK's tiles
 GRADIENT_BATCHES = 16  # for importances by gradients
 SCORED = 1000  # training images that judge a width in ModelOpt's search
 NORMED = 4  # batches that batch norms see before
+HESSIANS = 8  # estimates of each in MCT's importance
 CALIBRATED = 300  # images, as NNCF takes by default
 PEAK_RATE, WARM_UP = 0.05, 0.05
 
@@ -152,7 +153,7 @@ def label_free_hessian(job: Job, share: float) -> nn.Module:
         network,
         mct.core.ResourceUtilization(weights_memory=memory),
         lambda: ([batch.numpy()] for batch in batches),
-        mct.pruning.PruningConfig(num_score_approximations=32),
+        mct.pruning.PruningConfig(HESSIANS),
         narrow,
     )
     return nn.Sequential(front, pruned)
@@ -253,7 +254,8 @@ def distil(model: nn.Module, job: Job) -> tuple[nn.Module, int]:
 
 def _train(model: nn.Module, job: Job, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[nn.Module, int]:
     """SGD with momentum, the rate warmed up and then half a cosine, over the seconds that there are."""
-    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train()  # on a line of its own: ModelOpt's returns None
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
     batches = cifar.augmented(job.data, seed=1, epochs=10_000)
     bf16 = _bf16_is_faster(job)
@@ -269,7 +271,8 @@ def _train(model: nn.Module, job: Job, loss: Callable[[Tensor, Tensor], Tensor])
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         steps += 1
-    return model.to(memory_format=torch.contiguous_format).eval(), steps  # type: ignore[call-overload]
+    model.eval()
+    return model.to(memory_format=torch.contiguous_format), steps  # type: ignore[call-overload]
 
 
 def _bf16_is_faster(job: Job) -> bool:
