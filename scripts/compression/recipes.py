@@ -330,21 +330,15 @@ def nncf(model: nn.Module, job: Job, samples: Sequence[Tensor]) -> nn.Module:
 def neural_compressor(model: nn.Module, job: Job, samples: Sequence[Tensor]) -> nn.Module:
     """neural-compressor's manual on PT2E, with signed activations, since XNNPACK takes no others.
 
-    It annotates for Inductor on x86 and leaves the weights in fp32 before a quantize operator. ExecuTorch can lower
-    that where these are folded and its kernels for what is not delegated are known.
+    Its quantizer annotates for Inductor on x86, and quantizes weights at run time by an operator that ExecuTorch lacks.
     """
-    import executorch.kernels.quantized  # noqa: F401 - declares them
     from neural_compressor.torch.export import export
     from neural_compressor.torch.quantization import StaticQuantConfig, convert, prepare
-    from torchao.quantization.pt2e.constant_fold import constant_fold
-    from torchao.quantization.pt2e.quantize_pt2e import _quant_node_constraint
 
     prepared = prepare(export(model, job.inputs), StaticQuantConfig(w_dtype="int8", act_dtype="int8", act_sym=True))
     for sample in samples:
         prepared(sample)
-    converted = convert(prepared)
-    constant_fold(converted, _quant_node_constraint)
-    return converted
+    return convert(prepared)
 
 
 def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:

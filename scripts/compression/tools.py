@@ -23,6 +23,7 @@ import torch
 from compression import cifar, recipes
 from edgebuild import catalog, verify
 from edgebuild.devices import host
+from edgebuild.errors import DeviceError
 from edgebuild.units import Seconds
 
 ROOT = Path(__file__).parent.parent.parent
@@ -126,19 +127,28 @@ def _reason(text: str) -> str:
 
 def _measure(rows: list[Row], folder: Path, data: cifar.Images) -> None:
     """Size, latency and accuracy of each artifact; the rounds visit all, so that none has the machine's bad minute."""
-    there = [row for row in rows if "error" not in row]
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {row["recipe"]: [] for row in rows}
+    first = rows[0]
     for _ in range(ROUNDS):
-        for row in there:
-            found.setdefault(row["recipe"], []).append(recipes.latency(folder / f"{row['recipe']}.pte", data))
-    for row in there:
-        path = folder / f"{row['recipe']}.pte"
+        for row in rows:
+            if "error" not in row:
+                try:
+                    found[row["recipe"]].append(recipes.latency(_artifact(row, folder), data))
+                except DeviceError as error:  # lowered, and nevertheless nothing that runs
+                    row["error"] = str(error)
+    for row in rows:
+        if "error" in row:
+            continue
+        path = _artifact(row, folder)
         row["size"], row["latency"] = path.stat().st_size, statistics.median(found[row["recipe"]])
         with host.load(path, catalog.load_target("host"), 1) as session, torch.no_grad():
             row["accuracy"] = cifar.accuracy(verify.predictor(session), data)
-        first = rows[0]
         row["smaller"], row["faster"] = first["size"] / row["size"], first["latency"] / row["latency"]
         row["lost"] = 100 * (first["accuracy"] - row["accuracy"])
+
+
+def _artifact(row: Row, folder: Path) -> Path:
+    return folder / f"{row['recipe']}.pte"
 
 
 def table(rows: list[Row]) -> str:
