@@ -75,11 +75,10 @@ def augmented(data: Images, seed: int, epochs: int = 1) -> Iterator[tuple[Tensor
             yield moved.permute(0, 3, 1, 2).float(), data.train_labels[chosen]
 
 
-def accuracy(predict: Callable[[Tensor], Tensor], data: Images, most: int = 0) -> float:
-    """Share of the (first `most`) test images with the right label, in batches."""
-    count = most or len(data.test)
-    pairs = zip(data.test[:count].split(250), data.test_labels[:count].split(250), strict=True)
-    return sum(int((predict(x.float()).argmax(1) == y).sum()) for x, y in pairs) / count
+def accuracy(predict: Callable[[Tensor], Tensor], data: Images) -> float:
+    """Share of the test images with the right label, in batches."""
+    pairs = zip(data.test.split(250), data.test_labels.split(250), strict=True)
+    return sum(int((predict(x.float()).argmax(1) == y).sum()) for x, y in pairs) / len(data.test)
 
 
 def load(module: Path, weights: Path) -> nn.Module:
