@@ -97,6 +97,7 @@ def prepare(
         probes = factorize.probes(model, facts, seen, TILE) if "factorize" in techniques else {}
         found = measure(model, facts, samples, probes, seen, logits, profile.seed)
     if "prune" in techniques:
+        found = prune.ranked(model, facts, found, samples, logits)
         candidates += prune.candidates(model, facts, found, samples, TILE, logits)
     if "factorize" in techniques:
         candidates += factorize.candidates(facts, found, TILE)

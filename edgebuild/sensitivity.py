@@ -8,7 +8,7 @@ rank, a precision and any other change.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,17 +32,19 @@ class Sensitivity:
     """g . d for each sample s: `gates[group][s, c]` for losing channel c, `probed[layer][s, i]` for candidate i.
 
     `casts[layer]` is the loss increase (nats) of the layer in int8. `moments[layer]` is E[x x^T] of what a layer reads,
-    channels x channels.
+    channels x channels. `ranking[group]` scores the channels of a group where another measure than the gates ranks them
+    better, shape (channels,).
     """
 
     gates: Mapping[str, NDArray[np.float64]]
     probed: Mapping[str, NDArray[np.float64]]
     casts: Mapping[str, float]
     moments: Mapping[str, Tensor]
+    ranking: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def channel_scores(self, group: str) -> NDArray[np.float64]:
-        """The loss increase (nats) for each single channel of a group, shape (channels,)."""
-        return 0.5 * np.mean(self.gates[group] ** 2, axis=0)
+        """How much each channel of a group matters, by its ranking, else the loss increase (nats) without it."""
+        return self.ranking[group] if group in self.ranking else loss(self.gates[group])
 
 
 def loss(dots: NDArray[np.float64]) -> NDArray[np.float64]:

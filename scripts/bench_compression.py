@@ -73,7 +73,7 @@ def cifar(options: argparse.Namespace) -> dict[str, Any]:
         smaller, faster, lost, training = POINTS[name]
         budgets = bounds(original, smaller, faster) | {"accuracy_drop": f"{lost} points"}
         techniques = ALL if training else ("quantize",)
-        rows.append(builds.build(name, task, budgets, training, techniques, 'time = "40 min"\nrounds = 1'))
+        rows.append(builds.build(name, task, budgets, training, techniques, 'time = "40 min"\nrounds = 2'))
         print(builds.table(rows), flush=True)
     return {"rows": builds.as_json(rows)}
 
@@ -91,7 +91,7 @@ def techniques(options: argparse.Namespace) -> dict[str, Any]:
     chosen |= {f"{alone} alone": (alone,) for alone in ALL[:3]}
     rows = [original]
     for name, used in chosen.items():
-        rows.append(builds.build(name, task, budgets, options.time, used, 'time = "40 min"\nrounds = 1'))  # type: ignore[arg-type]
+        rows.append(builds.build(name, task, budgets, options.time, used, 'time = "40 min"\nrounds = 2'))  # type: ignore[arg-type]
         print(builds.table(rows), flush=True)
     return {"rows": builds.as_json(rows)}
 

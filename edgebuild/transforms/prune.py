@@ -7,6 +7,7 @@ from the second moments of the inputs).
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -57,6 +58,78 @@ def candidates(
     return tuple(_rising([Candidate(width, loss) for width, loss in zip(chosen, losses, strict=True)]))
 
 
+def ranked(
+    model: fx.GraphModule,
+    facts: ModelFacts,
+    sensitivity: Sensitivity,
+    samples: Sequence[tuple[Tensor, ...]],
+    logits: bool,
+) -> Sensitivity:
+    """The sensitivity with the ranking of each group's channels by which losing half of them really loses least.
+
+    Channels are ranked by the loss without each (the gates), by the size of their weights, and by how badly the other
+    channels make up for them.
+    """
+    trials = []
+    for group in facts.groups:
+        half = Width(group.name, max(1, group.channels // 2), group.channels)
+        gates = sensitivity.channel_scores(group.name)
+        trials += [
+            (half, scores)
+            for scores in (gates, _magnitudes(model, facts, group), _unexplained(model, facts, sensitivity, group))
+        ]
+    variants = (
+        repaired(model, facts, replace(sensitivity, ranking={half.group: scores}), [half]) for half, scores in trials
+    )
+    affordable = int(MACS / max(1.0, 0.5 * facts.macs * len(trials)))
+    losses = divergences(model, samples[: max(FEWEST_SAMPLES, affordable)], variants, logits)
+    best: dict[str, tuple[float, np.ndarray]] = {}
+    for (half, scores), lost in zip(trials, losses, strict=True):
+        if half.group not in best or lost < best[half.group][0]:
+            best[half.group] = lost, scores
+    return replace(sensitivity, ranking={name: scores for name, (_, scores) in best.items()})
+
+
+def _magnitudes(model: fx.GraphModule, facts: ModelFacts, group: ChannelGroup) -> np.ndarray:
+    """The squared norm of the weights that make each channel (Li et al. 2017, arXiv:1608.08710), summed over layers."""
+    total = torch.zeros(group.channels, dtype=torch.float64)
+    for name, slot in group.outputs.items():
+        if facts.layer(name).weighted:
+            weight: Tensor = model.get_submodule(name).weight.detach().double()  # type: ignore[operator]
+            norms = weight.flatten(1).square().sum(1)[slot.start : slot.start + slot.each * group.channels]
+            total += norms.reshape(group.channels, slot.each).sum(1)
+    return total.numpy()
+
+
+def _unexplained(model: fx.GraphModule, facts: ModelFacts, sensitivity: Sensitivity, group: ChannelGroup) -> np.ndarray:
+    """The squared error of the readers' outputs without each channel once the others make up for it.
+
+    |W_c|^2 / (M^-1)_cc, summed over the readers (the optimal brain surgeon's saliency; Hassibi and Stork 1993).
+    """
+    total = torch.zeros(group.channels, dtype=torch.float64)
+    for name in readers(group, facts):
+        slot = group.inputs[name]
+        weight: Tensor = model.get_submodule(name).weight.detach().double()  # type: ignore[operator]
+        part = weight[:, slot.start : slot.start + slot.each * group.channels]
+        norms = part.reshape(len(part), group.channels, -1).square().sum((0, 2))
+        moments = sensitivity.moments.get(name)
+        total += (
+            norms if moments is None else norms / torch.linalg.inv(_ridged(_among(moments, group, slot))).diagonal()
+        )
+    return total.numpy()
+
+
+def _among(moments: Tensor, group: ChannelGroup, slot: Slot) -> Tensor:
+    """A group's part of the second moments of what a layer reads: channels x channels."""
+    span = slice(slot.start, slot.start + slot.each * group.channels)
+    shape = (group.channels, slot.each, group.channels, slot.each)
+    return moments[span, span].reshape(shape).diagonal(dim1=1, dim2=3).sum(-1)
+
+
+def _ridged(moments: Tensor) -> Tensor:
+    return moments + RIDGE * moments.diagonal().mean().clamp(min=1e-12) * torch.eye(len(moments), dtype=moments.dtype)
+
+
 def repaired(
     model: fx.GraphModule, facts: ModelFacts, sensitivity: Sensitivity, chosen: Sequence[Width]
 ) -> dict[str, Tensor]:
@@ -88,10 +161,8 @@ def _without(weight: Tensor, group: ChannelGroup, slot: Slot, lost: Tensor, mome
         among = torch.ones(group.channels, dtype=torch.bool)
         among[lost] = False
         kept = among.nonzero()[:, 0]
-        shape = (group.channels, slot.each, group.channels, slot.each)
-        m = moments[span, span].reshape(shape).diagonal(dim1=1, dim2=3).sum(-1)
-        ridge = RIDGE * m.diagonal().mean().clamp(min=1e-12) * torch.eye(len(kept), dtype=m.dtype)
-        estimate = torch.linalg.solve(m[kept][:, kept] + ridge, m[kept][:, lost]).to(weight.dtype)  # (kept, lost)
+        m = _among(moments, group, slot)
+        estimate = torch.linalg.solve(_ridged(m)[kept][:, kept], m[kept][:, lost]).to(weight.dtype)  # (kept, lost)
         part[:, kept] += torch.einsum("olep,kl->okep", part[:, lost], estimate)
     part[:, lost] = 0
     result[:, span] = part.reshape(result[:, span].shape)

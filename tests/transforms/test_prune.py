@@ -89,3 +89,30 @@ def test_a_width_that_does_not_fit_is_refused_by_name(analysed, image, width):
     lifted, facts, sensitivity = analysed
     with pytest.raises(TransformError, match=width.group):
         prune.apply(lifted, image, facts, sensitivity, [width])
+
+
+def test_channels_are_ranked_by_what_loses_least(analysed, images):
+    model, facts, found = analysed
+    ranked = prune.ranked(model, facts, found, images, True)
+    assert ranked.ranking.keys() == {group.name for group in facts.groups} and not found.ranking
+
+    def lost(sensitivity, width):
+        return divergences(model, images, [prune.repaired(model, facts, sensitivity, [width])], True)[0]
+
+    halves = [Width(group.name, group.channels // 2, group.channels) for group in facts.groups]
+    losses = [(lost(ranked, half), lost(found, half)) for half in halves]
+    assert all(after <= before * (1 + 1e-6) for after, before in losses)
+    assert any(after < 0.9 * before for after, before in losses)
+
+
+def test_a_channel_that_another_makes_up_for_is_missed_little(analysed, images):
+    model, facts, found = analysed
+    before = prune._unexplained(model, facts, found, facts.group("hidden"))
+    doubled = copy.deepcopy(model)
+    c = int(before.argmax())
+    with torch.no_grad():
+        for tensor in (doubled.hidden.weight, doubled.hidden.bias):
+            tensor[(c + 1) % 48] = tensor[c]
+    found = measure(doubled, facts, images, {}, moments(doubled, facts, images), True)
+    after = prune._unexplained(doubled, facts, found, facts.group("hidden"))
+    assert after[c] < 0.9 * before[c]
