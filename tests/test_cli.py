@@ -168,16 +168,11 @@ def test_a_plan_is_printed_edited_and_built(tmp_path):
     assert used["widths"] == plan["widths"] and used["forms"] == []
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["rounds"]) == 1
 
-    for edited, said in (
-        ({"widths": [*plan["widths"], {"group": "3", "channels": 16, "of": 48}]}, "layer '3'"),
-        ({"widths": [{"group": "5", "channels": 2, "of": 4}]}, "layer '5', whose channels are fixed"),
-        ({"width": []}, "perhaps you meant 'widths'"),
-    ):
-        (tmp_path / "bad.json").write_text(json.dumps({**plan, **edited}))
-        refused = run("build", ".", "-p", "p.toml", "-o", "none", "--plan", "bad.json", cwd=tmp_path)
-        assert refused.returncode == 2, refused.stderr
-        assert said in errors(refused)[0]
-        assert not (tmp_path / "none").exists()
+    (tmp_path / "bad.json").write_text(json.dumps({**plan, "width": []}))
+    refused = run("build", ".", "-p", "p.toml", "-o", "none", "--plan", "bad.json", cwd=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert "perhaps you meant 'widths'" in errors(refused)[0]
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_read_only_output_is_refused_before_the_work(tmp_path):
@@ -243,9 +238,9 @@ def test_build_twice_then_no_op_then_touch(tmp_path):
     assert plan.widths or plan.forms, "24 KiB needs more than int8"
     again = run("build", ".", "-p", "p.toml", "-o", "out2", cwd=tmp_path)
     assert "is up to date" in again.stdout and again.returncode == result.returncode
-    (tmp_path / "task.py").write_text((tmp_path / "task.py").read_text() + "\n# changed\n")
+    (tmp_path / "task.py").write_text((tmp_path / "task.py").read_text() + "\nraise RuntimeError('looked at')\n")
     after = run("build", ".", "-p", "p.toml", "-o", "out2", cwd=tmp_path)
-    assert "up to date" not in after.stdout and after.returncode == result.returncode
+    assert "up to date" not in after.stdout and "looked at" in errors(after)[0]
 
 
 def test_init_writes_a_task_that_loads_and_never_overwrites(tmp_path):

@@ -40,7 +40,7 @@ name = "p"
 title = "t"
 target = "host"
 artifact = "pte"
-techniques = {techniques}
+techniques = ["prune", "distil"]
 [distillation]
 steps = 4
 [budgets]
@@ -53,9 +53,9 @@ def silent(message: str, seconds: float) -> None:
     pass
 
 
-def request_for(folder: Path, size: int, plan: str | None = None, techniques: str = '["prune", "distil"]'):
+def request_for(folder: Path, size: int, plan: str | None = None):
     profile = folder / "p.toml"
-    profile.write_text(PROFILE.format(size=size, techniques=techniques))
+    profile.write_text(PROFILE.format(size=size))
     return Request(str(folder), str(profile), folder / "out", plan=plan)
 
 
@@ -124,8 +124,3 @@ def test_blocks_go_where_they_lose_less_than_pruning(folder: Path, bound: int) -
     assert report.outcome == "met" and report.plan is not None and report.plan.base == "shortened"
     assert any("nats with them" in why for why in report.plan.why)
     assert not any(row.plan.base == "model" and row.plan.distil for row in report.rounds)
-
-
-def test_blocks_stay_where_pruning_is_not_asked_for(folder: Path, bound: int) -> None:
-    report = pipeline.build(request_for(folder, bound, techniques='["distil"]'), silent)
-    assert report.outcome == "infeasible" and all(not row.plan.dropped for row in report.rounds)
