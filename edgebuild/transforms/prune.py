@@ -26,9 +26,12 @@ MACS = 1e11  # to measure the candidates' losses with, in all: some seconds of o
 FEWEST_SAMPLES = 8
 
 
-def widths(channels: int, tile: int) -> tuple[int, ...]:
-    """Channel counts worth trying below `channels`, falling: multiples of the kernel tile, or of 4 in narrow groups."""
-    step = tile if channels >= 4 * tile else 4
+def widths(channels: int, tile: int, each: int = 1) -> tuple[int, ...]:
+    """Channel counts worth trying below `channels`, falling: multiples of the kernel tile, or of 4 in narrow groups.
+
+    Of heads, which are `each` channels wide, mostly any count.
+    """
+    step = max(1, (tile if channels * each >= 4 * tile else 4) // each)
     smallest = max(step, channels // SMALLEST_SHARE)
     counts = [c for c in range(step, channels, step) if c >= smallest]
     if len(counts) > LEVELS:
@@ -49,7 +52,9 @@ def candidates(
     It is measured, one group at a time: for deep cuts a second-order estimate says far too little.
     """
     chosen = [
-        Width(group.name, width, group.channels) for group in facts.groups for width in widths(group.channels, tile)
+        Width(group.name, width, group.channels)
+        for group in facts.groups
+        for width in widths(group.channels, tile, group.each)
     ]
     variants = (repaired(model, facts, sensitivity, [width]) for width in chosen)
     affordable = int(MACS / max(1.0, 0.5 * facts.macs * len(chosen)))
@@ -80,15 +85,18 @@ def _without(weight: Tensor, group: ChannelGroup, slot: Slot, lost: Tensor, mome
     """A reader's weights (out, in, ...) without the group's lost channels.
 
     x_lost is estimated as A x_kept, A = M_lk (M_kk + ridge)^-1; W x = W_k x_k + W_l x_l is then (W_k + W_l A) x_k.
+    The same A holds at each position behind a flatten; the channels of a head have nothing in common with another's.
     """
-    span = slice(slot.start, slot.start + slot.each * group.channels)
+    channels, each = group.channels * group.each, slot.each // group.each
+    lost = (lost[:, None] * group.each + torch.arange(group.each)).flatten()
+    span = slice(slot.start, slot.start + channels * each)
     result = weight.clone()
-    part = result[:, span].reshape(len(weight), group.channels, slot.each, -1)  # a copy
+    part = result[:, span].reshape(len(weight), channels, each, -1)  # a copy
     if moments is not None:
-        among = torch.ones(group.channels, dtype=torch.bool)
+        among = torch.ones(channels, dtype=torch.bool)
         among[lost] = False
         kept = among.nonzero()[:, 0]
-        shape = (group.channels, slot.each, group.channels, slot.each)
+        shape = (channels, each, channels, each)
         m = moments[span, span].reshape(shape).diagonal(dim1=1, dim2=3).sum(-1)
         ridge = RIDGE * m.diagonal().mean().clamp(min=1e-12) * torch.eye(len(kept), dtype=m.dtype)
         estimate = torch.linalg.solve(m[kept][:, kept] + ridge, m[kept][:, lost]).to(weight.dtype)  # (kept, lost)
