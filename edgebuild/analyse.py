@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, fx, nn
 
+from edgebuild.attention import Attention
 from edgebuild.lift import outputs_of
 from edgebuild.spec import MODEL_INPUT, ChannelGroup, LayerFacts, ModelFacts, Slot
 
@@ -27,6 +28,8 @@ def analyse(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> ModelFacts:
     shapes = _shapes(model, inputs)
     layers = _layers(model, shapes)
     groups, unprunable = _groups(model, inputs)
+    groups += _heads(model)
+    groups.sort(key=lambda group: [layer.name for layer in layers].index(group.name))
     reach = _reach(model, shapes, groups)
     groups, unprunable = _without_outputs(model, groups, reach, unprunable)
     groups = [_with_weightless(group, layers, model, reach) for group in groups]
@@ -128,6 +131,8 @@ def _layer_facts(node: fx.Node, model: fx.GraphModule, shapes: dict[fx.Node, tup
             positions=prod(out[:-1]),
             bias=module.bias is not None,
         )
+    if isinstance(module, Attention):
+        return replace(facts, groups=facts.in_channels // module.head_dim, positions=shapes[sources[1]][1])
     return facts
 
 
@@ -149,9 +154,11 @@ def _folded(node: fx.Node, model: fx.GraphModule) -> bool:
 def _groups(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[list[ChannelGroup], dict[str, str]]:
     """Channel groups in execution order, by torch-pruning's dependency graph (Fang et al. 2023, arXiv:2301.12900)."""
     order = list(dict.fromkeys(str(node.target) for node in model.graph.nodes if node.op == "call_module"))
+    by_head = {name for group in _heads(model) for name in group.outputs}
     names = {module: name for name, module in model.named_modules()}
     try:
-        found = list(_members(dependencies(model, inputs), {name: model.get_submodule(name) for name in order}, names))
+        own = {name: model.get_submodule(name) for name in order if name not in by_head}
+        found = list(_members(dependencies(model, inputs), own, names))
     except Exception as error:  # a graph that the library cannot follow: nothing can be pruned, and the report says so
         return [], {"*": f"the channel dependencies could not be traced ({type(error).__name__}: {error})"}
     groups, unprunable = [], {}
@@ -161,7 +168,32 @@ def _groups(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[list[Cha
             groups.append(group)
         elif group is not None:
             unprunable.update({name: reason for name in group.outputs})
-    return sorted(groups, key=lambda group: order.index(group.name)), unprunable
+    return groups, unprunable
+
+
+def _heads(model: fx.GraphModule) -> list[ChannelGroup]:
+    """A group for each attention between linear layers of its own: its channels are the heads."""
+    calls = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+
+    def linear(node: fx.Node) -> bool:
+        own = node.op == "call_module" and calls.count(str(node.target)) == 1
+        return own and isinstance(model.get_submodule(str(node.target)), nn.Linear)
+
+    groups = []
+    for node in model.graph.nodes:
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        makers, readers = node.all_input_nodes, list(node.users)
+        if not isinstance(module, Attention) or not all(map(linear, (*makers, *readers))):
+            continue
+        if len(makers) < 3 or any(len(maker.users) > 1 for maker in makers):
+            continue
+        first = str(makers[0].target)
+        layer = model.get_submodule(first)
+        assert isinstance(layer, nn.Linear)
+        heads, slot = layer.out_features // module.head_dim, Slot(0, module.head_dim)
+        outputs, inputs = ({str(other.target): slot for other in found} for found in (makers, readers))
+        groups.append(ChannelGroup(first, heads, outputs, inputs))
+    return groups
 
 
 def _members(graph: Any, modules: Mapping[str, nn.Module], names: Mapping[Any, str]) -> Iterator[Any]:
@@ -199,6 +231,8 @@ def _group(members: Any, names: Mapping[Any, str], order: list[str]) -> tuple[Ch
     for member in members:
         module, indices = member.dep.target.module, list(member.idxs)
         name = names.get(module)
+        if name is not None and isinstance(module, nn.LayerNorm):
+            reason = f"{name!r} (LayerNorm) computes every channel from all of them"
         if name is None or not isinstance(module, _WEIGHTED):
             continue
         slot = _slot(indices, channels)
@@ -237,7 +271,8 @@ def _reach(
     for node in model.graph.nodes:
         sources = [source for source in _tensor_inputs(node, shapes) if reach.get(source)]
         if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), _WEIGHTED):
-            reach[node] = {made[str(node.target)][0]: 1} if str(node.target) in made else {}
+            group, slot = made.get(str(node.target), ("", None))
+            reach[node] = {group: slot.each} if slot else {}
         elif node.target is torch.cat:
             reach[node] = {}
             for source in sources:
@@ -304,8 +339,20 @@ def check_prunable(model: fx.GraphModule, inputs: tuple[Tensor, ...], facts: Mod
 def cut(model: fx.GraphModule, inputs: tuple[Tensor, ...], drop: Mapping[str, list[int]]) -> fx.GraphModule:
     """A copy of the model without the given channels of each group (named by its first layer)."""
     pruned = copy.deepcopy(model)
+    heads = {group.name: group for group in _heads(pruned)}
+    for name in drop.keys() & heads.keys():
+        _cut_heads(pruned, heads[name], drop[name])
     graph = dependencies(pruned, inputs)
     for name, channels in drop.items():
-        root = pruned.get_submodule(name)
-        graph.get_pruning_group(root, _pruner(root), idxs=sorted(channels)).prune()
+        if name not in heads:
+            root = pruned.get_submodule(name)
+            graph.get_pruning_group(root, _pruner(root), idxs=sorted(channels)).prune()
     return pruned
+
+
+def _cut_heads(model: fx.GraphModule, group: ChannelGroup, drop: list[int]) -> None:
+    lost = [head * group.each + i for head in drop for i in range(group.each)]
+    for name in group.outputs:
+        tp.prune_linear_out_channels(model.get_submodule(name), idxs=lost)
+    for name in group.inputs:
+        tp.prune_linear_in_channels(model.get_submodule(name), idxs=lost)

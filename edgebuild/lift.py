@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from edgebuild.attention import rewrite
 from edgebuild.errors import TaskError
 
 aten = torch.ops.aten
@@ -78,6 +79,7 @@ def lift(model: nn.Module | ExportedProgram, inputs: tuple[Tensor, ...]) -> fx.G
         except TaskError:
             program = export(model, inputs)
     lifted = _rebuild(program)
+    rewrite(lifted, inputs)
     _check(model, lifted, inputs)
     return lifted
 

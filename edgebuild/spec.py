@@ -439,8 +439,9 @@ class LayerFacts:
 
     `op` is conv2d, linear, or the name of an operator without weights. `positions` counts what the weights are applied
     to: output height x width for a convolution, rows for a linear layer. `in_elements` and `out_elements` are the
-    activations of a sample. For a depthwise convolution `groups` equals `in_channels`. `sources` names the layers
-    whose outputs it reads, MODEL_INPUT for an input of the model.
+    activations of a sample. For a depthwise convolution `groups` equals `in_channels`; for an attention it counts the
+    heads, and `positions` the tokens that each token looks at. `sources` names the layers whose outputs it reads,
+    MODEL_INPUT for an input of the model.
     """
 
     name: str
@@ -478,6 +479,8 @@ class LayerFacts:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one sample."""
+        if self.op == "attention":  # two products
+            return 2 * self.positions * self.out_elements
         return self.weights * self.positions
 
     def bytes_moved(self, precision: Precision) -> int:
@@ -489,7 +492,8 @@ class LayerFacts:
 
     def at(self, in_channels: int, out_channels: int) -> "LayerFacts":
         """The same layer at other widths."""
-        groups = in_channels if self.depthwise else self.groups
+        by_group = self.depthwise or self.op == "attention"
+        groups = self.groups * in_channels // self.in_channels if by_group else self.groups
         return replace(
             self,
             in_channels=in_channels,
@@ -516,13 +520,18 @@ class ChannelGroup:
     """The channels that must be pruned together: those of every layer in `outputs`, read by every layer in `inputs`.
 
     `name` is the first layer that makes the channels. A depthwise convolution and an operator without weights stand in
-    both maps.
+    both maps. In the group of an attention a channel is a head, made of several channels of its layers.
     """
 
     name: str
     channels: int
     outputs: Mapping[str, Slot]
     inputs: Mapping[str, Slot]
+
+    @property
+    def each(self) -> int:
+        """Channels of the first layer that make up one of the group: 1, or the width of a head."""
+        return self.outputs[self.name].each
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from edgebuild.errors import BackendError
@@ -64,6 +65,7 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
         with _quiet():
             program = export(model, inputs)
             _refuse_known_wrong(program)
+            program = _averaged(program, inputs)
             edge = to_edge_transform_and_lower(
                 program,
                 partitioner=[XnnpackPartitioner()],
@@ -95,6 +97,72 @@ def _refuse_known_wrong(program: ExportedProgram) -> None:
             )
         if node.target is aten.layer_norm.default and node.meta["val"].dtype == torch.float16:
             raise BackendError(f"{node.name} is an fp16 LayerNorm, which XNNPACK computes wrongly", "keep it in fp32")
+
+
+class _Norm(nn.Module):
+    """A LayerNorm whose averages are linear layers: the delegate has neither it nor averages over these dimensions."""
+
+    share: Tensor
+    eps: Tensor
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.register_buffer("share", torch.full((1, width), 1 / width))
+        self.register_buffer("eps", torch.full((1,), eps))
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        x = x - F.linear(x, self.share)
+        x = x * torch.rsqrt(F.linear(x * x, self.share, self.eps))
+        x = x if weight is None else x * weight
+        return x if bias is None else x + bias
+
+
+class _TokenMean(nn.Module):
+    """The average over the second of three dimensions, as a linear layer."""
+
+    share: Tensor
+
+    def __init__(self, tokens: int, keep: bool):
+        super().__init__()
+        self.keep = keep
+        self.register_buffer("share", torch.full((1, tokens), 1 / tokens))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = F.linear(x.transpose(1, 2), self.share)
+        return mean.transpose(1, 2) if self.keep else mean.flatten(1)
+
+
+def _averaged(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """The same program with the averages that a transformer takes in a form that the delegate takes."""
+    parts = {node.name: part for node in program.graph.nodes if (part := _as_linear(node)) is not None}
+    if not parts:
+        return program
+    model = program.module(check_guards=False)
+    assert isinstance(model, fx.GraphModule)
+    for node in [node for node in model.graph.nodes if node.name in parts]:
+        name = f"average_{node.name}"
+        model.add_submodule(name, parts[node.name])
+        read = node.args[:1] if isinstance(parts[node.name], _TokenMean) else (node.args[0], *node.args[2:4])
+        with model.graph.inserting_before(node):
+            result = model.graph.call_module(name, read)
+        result.meta = {key: value for key, value in node.meta.items() if key in ("stack_trace", "nn_module_stack")}
+        node.replace_all_uses_with(result)
+        model.graph.erase_node(node)
+    model.recompile()
+    model.training = False  # it is exported as it is; PyTorch refuses `eval` on such a module
+    return export(model, inputs)
+
+
+def _as_linear(node: fx.Node) -> nn.Module | None:
+    """What takes the place of an fp32 norm over the last dimension or a mean of tokens; None for any other node."""
+    if node.target not in (aten.layer_norm.default, aten.mean.dim) or node.meta["val"].dtype != torch.float32:
+        return None
+    x: Any = node.args[0]
+    shape, over = x.meta["val"].shape, list(node.args[1])  # type: ignore[arg-type]
+    if node.target is aten.layer_norm.default:
+        return _Norm(shape[-1], node.args[4] if len(node.args) > 4 else 1e-5) if len(over) == 1 else None  # type: ignore[arg-type]
+    keep = len(node.args) > 2 and bool(node.args[2])
+    return _TokenMean(shape[1], keep) if len(shape) == 3 and over == [1] else None
 
 
 def _dequantizes(node: Any) -> bool:

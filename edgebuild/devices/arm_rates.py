@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from edgebuild import cache as store
 from edgebuild.devices import layer_model, probes, simulator, toolchain
 from edgebuild.devices.layer_model import Rates
+from edgebuild.devices.operators import parts
 from edgebuild.devices.probes import Probe
 from edgebuild.spec import CalibrationError, LayerFacts, Precision, Target
 
@@ -164,8 +165,9 @@ def _keys(layers: LAYERS, groups: dict[str, list[Probe]]) -> list[str]:
     """The curves that predicting some layers takes."""
     keys: dict[str, None] = {}
     for layer, precision in layers:
-        key = _group(layer, precision)
-        keys[key if key in groups else layer_model.other(key)] = None
+        for part in parts(layer):
+            key = _group(part, precision)
+            keys[key if key in groups else layer_model.other(key)] = None
         if layer_model.reads_input(layer):
             keys[f"input.{precision}"] = None
     return list(keys)

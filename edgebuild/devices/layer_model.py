@@ -16,6 +16,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from edgebuild.devices.operators import parts
 from edgebuild.spec import MODEL_INPUT, CalibrationError, LayerFacts, Precision
 
 Array = NDArray[np.float64]
@@ -83,10 +84,12 @@ class Rates:
 
     def seconds(self, layers: Sequence[tuple[LayerFacts, Precision]]) -> Array:
         """Predicted seconds of each layer for a single sample."""
-        found = np.zeros(len(layers))
-        for key, places in _grouped((kind(layer), precision) for layer, precision in layers).items():
+        split = [(part, precision, i) for i, (layer, precision) in enumerate(layers) for part in parts(layer)]
+        taken = np.zeros(len(split))
+        for key, places in _grouped((kind(part), precision) for part, precision, _ in split).items():
             curve = self.curves.get(key) or self.curves[other(key)]
-            found[places] = curve.seconds(np.array([_dimensions(layers[i][0]) for i in places]))
+            taken[places] = curve.seconds(np.array([_dimensions(split[i][0]) for i in places]))
+        found: Array = np.bincount([i for _, _, i in split], taken, len(layers)).astype(np.float64)
         # What reads the model's input pays for its copy and for turning it to channels last.
         for i, (layer, precision) in enumerate(layers):
             if reads_input(layer):
@@ -97,7 +100,7 @@ class Rates:
 @cache
 def kind(layer: LayerFacts) -> str:
     """Which curve a layer belongs to."""
-    if layer.op == "linear":
+    if layer.op in ("linear", "bmm"):
         return "gemm"
     if layer.op == "conv2d":
         plain = prod(layer.kernel) == prod(layer.stride) == 1
@@ -134,6 +137,8 @@ def _dimensions(layer: LayerFacts) -> tuple[float, ...]:
     Groups are 0.5 for a depthwise convolution, and 0 for an operator without weights, which has elements read and
     written and channels in place of the rest.
     """
+    if layer.op == "bmm":  # the second factor takes the place of weights
+        return 1, layer.positions, layer.out_channels, layer.in_channels, 1, layer.in_elements
     if not layer.weighted:
         return 0, layer.in_elements, layer.out_elements, max(layer.in_channels, 1), 1, 1
     if layer.depthwise:

@@ -27,9 +27,12 @@ MACS = 1e11  # to measure the candidates' losses with, in all: some seconds of o
 FEWEST_SAMPLES = 8
 
 
-def widths(channels: int, tile: int) -> tuple[int, ...]:
-    """Channel counts worth trying below `channels`, falling: multiples of the kernel tile, or of 4 in narrow groups."""
-    step = tile if channels >= 4 * tile else 4
+def widths(channels: int, tile: int, each: int = 1) -> tuple[int, ...]:
+    """Channel counts worth trying below `channels`, falling: multiples of the kernel tile, or of 4 in narrow groups.
+
+    Of heads, which are `each` channels wide, mostly any count.
+    """
+    step = max(1, (tile if channels * each >= 4 * tile else 4) // each)
     smallest = max(step, channels // SMALLEST_SHARE)
     counts = [c for c in range(step, channels, step) if c >= smallest]
     if len(counts) > LEVELS:
@@ -50,7 +53,9 @@ def candidates(
     It is measured, one group at a time: for deep cuts a second-order estimate says far too little.
     """
     chosen = [
-        Width(group.name, width, group.channels) for group in facts.groups for width in widths(group.channels, tile)
+        Width(group.name, width, group.channels)
+        for group in facts.groups
+        for width in widths(group.channels, tile, group.each)
     ]
     variants = (repaired(model, facts, sensitivity, [width]) for width in chosen)
     affordable = int(MACS / max(1.0, 0.5 * facts.macs * len(chosen)))
@@ -104,26 +109,28 @@ def _magnitudes(model: fx.GraphModule, facts: ModelFacts, group: ChannelGroup) -
 def _unexplained(model: fx.GraphModule, facts: ModelFacts, sensitivity: Sensitivity, group: ChannelGroup) -> np.ndarray:
     """The squared error of the readers' outputs without each channel once the others make up for it.
 
-    |W_c|^2 / (M^-1)_cc, summed over the readers (the optimal brain surgeon's saliency; Hassibi and Stork 1993).
+    |W_c|^2 / (M^-1)_cc, summed over readers and over a head's channels: the optimal brain surgeon's saliency (Hassibi and
+    Stork 1993).
     """
     total = torch.zeros(group.channels, dtype=torch.float64)
+    channels = group.channels * group.each
     for name in readers(group, facts):
         slot = group.inputs[name]
+        each = slot.each // group.each
         weight: Tensor = model.get_submodule(name).weight.detach().double()  # type: ignore[operator]
-        part = weight[:, slot.start : slot.start + slot.each * group.channels]
-        norms = part.reshape(len(part), group.channels, -1).square().sum((0, 2))
+        part = weight[:, slot.start : slot.start + each * channels]
+        norms = part.reshape(len(part), channels, -1).square().sum((0, 2))
         moments = sensitivity.moments.get(name)
-        total += (
-            norms if moments is None else norms / torch.linalg.inv(_ridged(_among(moments, group, slot))).diagonal()
-        )
+        if moments is not None:
+            norms = norms / torch.linalg.inv(_ridged(_among(moments, slot.start, channels, each))).diagonal()
+        total += norms.reshape(group.channels, group.each).sum(1)
     return total.numpy()
 
 
-def _among(moments: Tensor, group: ChannelGroup, slot: Slot) -> Tensor:
-    """A group's part of the second moments of what a layer reads: channels x channels."""
-    span = slice(slot.start, slot.start + slot.each * group.channels)
-    shape = (group.channels, slot.each, group.channels, slot.each)
-    return moments[span, span].reshape(shape).diagonal(dim1=1, dim2=3).sum(-1)
+def _among(moments: Tensor, start: int, channels: int, each: int) -> Tensor:
+    """Some channels' part of the second moments of what a layer reads, `each` inputs apiece: channels x channels."""
+    span = slice(start, start + channels * each)
+    return moments[span, span].reshape(channels, each, channels, each).diagonal(dim1=1, dim2=3).sum(-1)
 
 
 def _ridged(moments: Tensor) -> Tensor:
@@ -153,15 +160,18 @@ def _without(weight: Tensor, group: ChannelGroup, slot: Slot, lost: Tensor, mome
     """A reader's weights (out, in, ...) without the group's lost channels.
 
     x_lost is estimated as A x_kept, A = M_lk (M_kk + ridge)^-1; W x = W_k x_k + W_l x_l is then (W_k + W_l A) x_k.
+    The same A holds at each position behind a flatten; the channels of a head have nothing in common with another's.
     """
-    span = slice(slot.start, slot.start + slot.each * group.channels)
+    channels, each = group.channels * group.each, slot.each // group.each
+    lost = (lost[:, None] * group.each + torch.arange(group.each)).flatten()
+    span = slice(slot.start, slot.start + channels * each)
     result = weight.clone()
-    part = result[:, span].reshape(len(weight), group.channels, slot.each, -1)  # a copy
+    part = result[:, span].reshape(len(weight), channels, each, -1)  # a copy
     if moments is not None:
-        among = torch.ones(group.channels, dtype=torch.bool)
+        among = torch.ones(channels, dtype=torch.bool)
         among[lost] = False
         kept = among.nonzero()[:, 0]
-        m = _among(moments, group, slot)
+        m = _among(moments, slot.start, channels, each)
         estimate = torch.linalg.solve(_ridged(m)[kept][:, kept], m[kept][:, lost]).to(weight.dtype)  # (kept, lost)
         part[:, kept] += torch.einsum("olep,kl->okep", part[:, lost], estimate)
     part[:, lost] = 0
