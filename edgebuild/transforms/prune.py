@@ -109,7 +109,7 @@ def _magnitudes(model: fx.GraphModule, facts: ModelFacts, group: ChannelGroup) -
 def _unexplained(model: fx.GraphModule, facts: ModelFacts, sensitivity: Sensitivity, group: ChannelGroup) -> np.ndarray:
     """The squared error of the readers' outputs without each channel once the others make up for it.
 
-    |W_c|^2 / (M^-1)_cc, summed over readers and over a head's channels: the optimal brain surgeon's saliency (Hassibi and
+    |W_c|^2 / (M^-1)_cc, summed over readers and a head's channels: the optimal brain surgeon's saliency (Hassibi and
     Stork 1993).
     """
     total = torch.zeros(group.channels, dtype=torch.float64)
