@@ -182,10 +182,11 @@ def _heads(model: fx.GraphModule) -> list[ChannelGroup]:
             continue
         if len(makers) < 3 or any(len(maker.users) > 1 for maker in makers):
             continue
-        first = str(makers[0].target)
-        heads, slot = model.get_submodule(first).out_features // module.head_dim, Slot(0, module.head_dim)
+        first, slot = str(makers[0].target), Slot(0, module.head_dim)
+        width = model.get_submodule(first).out_features
+        assert isinstance(width, int)
         outputs, inputs = ({str(other.target): slot for other in found} for found in (makers, readers))
-        groups.append(ChannelGroup(first, int(heads), outputs, inputs))  # type: ignore[arg-type]
+        groups.append(ChannelGroup(first, width // module.head_dim, outputs, inputs))
     return groups
 
 

@@ -102,6 +102,9 @@ def _refuse_known_wrong(program: ExportedProgram) -> None:
 class _Norm(nn.Module):
     """A LayerNorm whose averages are linear layers: the delegate has neither it nor averages over these dimensions."""
 
+    share: Tensor
+    eps: Tensor
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.register_buffer("share", torch.full((1, width), 1 / width))
@@ -116,6 +119,8 @@ class _Norm(nn.Module):
 
 class _TokenMean(nn.Module):
     """The average over the second of three dimensions, as a linear layer."""
+
+    share: Tensor
 
     def __init__(self, tokens: int, keep: bool):
         super().__init__()

@@ -89,7 +89,7 @@ class Rates:
         for key, places in _grouped((kind(part), precision) for part, precision, _ in split).items():
             curve = self.curves.get(key) or self.curves[other(key)]
             taken[places] = curve.seconds(np.array([_dimensions(split[i][0]) for i in places]))
-        found = np.bincount([i for _, _, i in split], taken, len(layers))
+        found: Array = np.bincount([i for _, _, i in split], taken, len(layers)).astype(np.float64)
         # What reads the model's input pays for its copy and for turning it to channels last.
         for i, (layer, precision) in enumerate(layers):
             if reads_input(layer):

@@ -43,7 +43,13 @@ class KeywordTransformer(nn.Module):
     """Float spectrograms [batch, 49, 40] to scores [batch, 10]. 542,986 parameters, 30 million multiply-adds."""
 
     def __init__(
-        self, words: int = 10, width: int = 128, heads: int = 4, hidden: int = 256, layers: int = 4, dropout: float = 0.1
+        self,
+        words: int = 10,
+        width: int = 128,
+        heads: int = 4,
+        hidden: int = 256,
+        layers: int = 4,
+        dropout: float = 0.1,
     ):
         super().__init__()
         self.embed = nn.Linear(BANDS, width)
