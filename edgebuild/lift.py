@@ -184,7 +184,7 @@ def _materialize(
         return env[node]
     name = str(node.target)  # a get_attr that no layer absorbed
     tensor = tensors[name]
-    flat = "constants." + name.replace(".", "_")
+    flat = "constants." + name.removeprefix("constants.").replace(".", "_")
     if not _has(root, flat):
         _place(root, flat, tensor)
     env[node] = graph.get_attr(flat)

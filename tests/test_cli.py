@@ -152,11 +152,11 @@ def test_an_impossible_budget_is_exit_3_and_the_nearest_value_that_it_names_is_f
 def test_a_plan_is_printed_edited_and_built(tmp_path):
     write(
         tmp_path,
-        profile=PROFILE.replace("1 MiB", "24 KiB").replace("[budgets]", "[distillation]\nsteps = 4\n[budgets]"),
+        profile=PROFILE.replace("1 MiB", "14 KiB").replace("[budgets]", "[distillation]\nsteps = 4\n[budgets]"),
     )
     planned = run("plan", ".", "-p", "p.toml", "-o", "plan.json", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
-    assert "solver: optimal" in planned.stdout and "24 KiB" in planned.stdout
+    assert "solver: optimal" in planned.stdout and "14 KiB" in planned.stdout
     assert not (tmp_path / "build").exists()
 
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -224,7 +224,7 @@ def test_build_twice_then_no_op_then_touch(tmp_path):
     """The same bytes and plan from scratch under another hash seed; then nothing to do; then an input changes."""
     write(
         tmp_path,
-        profile=PROFILE.replace("1 MiB", "24 KiB").replace("[budgets]", "[distillation]\nsteps = 20\n[budgets]"),
+        profile=PROFILE.replace("1 MiB", "14 KiB").replace("[budgets]", "[distillation]\nsteps = 20\n[budgets]"),
     )
     bundles = []
     for seed in ("1", "2"):
@@ -235,7 +235,7 @@ def test_build_twice_then_no_op_then_touch(tmp_path):
         bundles.append((artifact.read_bytes(), (folder / "plan.json").read_bytes()))
     assert bundles[0] == bundles[1]
     plan = msgspec.json.decode(bundles[0][1], type=Plan)
-    assert plan.widths or plan.forms, "24 KiB needs more than int8"
+    assert plan.widths or plan.forms, "14 KiB needs more than 4 bits"
     again = run("build", ".", "-p", "p.toml", "-o", "out2", cwd=tmp_path)
     assert "is up to date" in again.stdout and again.returncode == result.returncode
     (tmp_path / "task.py").write_text((tmp_path / "task.py").read_text() + "\nraise RuntimeError('looked at')\n")

@@ -53,7 +53,8 @@ def _train(
         try:
             return run.finish()
         except Diverged as error:
-            checkpoint.remove(lesson.keep)
+            if lesson.keep:
+                checkpoint.remove(lesson.keep)
             if restart == MOST_RESTARTS or lesson.settings.learning_rate:
                 raise TransformError(
                     f"the training diverged at step {error.step}: loss {error.loss}", "lower distillation.learning_rate"

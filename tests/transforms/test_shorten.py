@@ -81,9 +81,9 @@ NETS = {
         name: (
             lambda first=first: Encoder(first),
             {
-                "layers.layers.0.self_attn.in_proj_weight": "layers.layers.0.self_attn.out_proj",
+                "layers.layers.0.self_attn.in_proj_query": "layers.layers.0.self_attn.out_proj",
                 "layers.layers.0.linear1": "layers.layers.0.linear2",
-                "layers.layers.1.self_attn.in_proj_weight": "layers.layers.1.self_attn.out_proj",
+                "layers.layers.1.self_attn.in_proj_query": "layers.layers.1.self_attn.out_proj",
                 "layers.layers.1.linear1": "layers.layers.1.linear2",
             },
         )
@@ -205,7 +205,7 @@ def test_artifacts_answer_as_eager_does(name, precision, image, images):
     lifted = lift(trained(make), image)
     model = shorten.apply(lifted, image, list(ends)[1:])
     if precision == "int8":
-        model = quantize.apply(model, image, images, xnnpack.quantizer())
+        model = quantize.apply(model, image, images, xnnpack.quantizer()).model
     artifact = xnnpack.lower(model, image)
     with artifact_file(artifact) as path, DEVICES["host"].load(path, HOST, 1) as session:
         found = verify.run(session, images)
