@@ -203,7 +203,7 @@ def _bases(
     def student(planner: Planner | None) -> Base | None:
         assert loaded.task.student is not None
         lifted = lift(loaded.task.student, inputs)
-        with clock.stage("distil", f"distilling the student, {profile.distillation.steps} steps"):
+        with clock.stage("distil", "distilling the student"):
             settings, keep = profile.distillation, cache.key(lifted_digest(lifted), model.digest, repr(profile))
             trained, how = train(lifted, original.model, loaded, settings, profile.seed, clock.training, keep)
         with clock.stage("analyse", "analysing the student"):
