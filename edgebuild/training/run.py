@@ -267,12 +267,19 @@ class Run:
         return Closeness(divergence(wanted, found, self.lesson.logits), agreement)
 
     def _best(self, before: Closeness | None) -> tuple[str, nn.Module, Closeness | None]:
-        """The weights closest to the teacher on the held-out samples: their name, a model with them, how close."""
-        average: nn.Module = self.average.module
-        found = [("last", self.model, self._close(self.model))]
-        if before is not None and self.step:
-            found += [("average", average, self._close(average)), ("start", copy.deepcopy(self.student), before)]
-        name, model, close = min(found, key=lambda row: row[2].divergence if row[2] else 0.0)
+        """The weights to keep: their name, a model with them, how close it is to the teacher.
+
+        The last ones or their average, by the divergence; those from before only if they are closer by the divergence
+        and agree as often, as a student that learns from labels too may leave its teacher for good reasons.
+        """
+        name, model, close = "last", self.model, self._close(self.model)
+        if before is not None and close is not None and self.step:
+            average: nn.Module = self.average.module
+            smoothed = self._close(average)
+            if smoothed is not None and smoothed.divergence < close.divergence:
+                name, model, close = "average", average, smoothed
+            if before.divergence < close.divergence and (before.agreement or 0.0) >= (close.agreement or 0.0):
+                name, model, close = "start", copy.deepcopy(self.student), before
         processes.own_norms(model)
         model = model.cpu().eval()
         if self.channels_last:
