@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from edgebuild.lift import batch_is_free, outputs_of
+from edgebuild.lift import batch_is_free, outputs_of, stacked
 
 # A trained classifier is so sure of itself that its gradients vanish; the softened distribution still ranks the
 # changes, and is the one that distillation fits.
@@ -17,8 +17,7 @@ BATCH = 16
 def batches(model: fx.GraphModule, samples: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """The samples as batches of up to 16 where the model takes batches, else one by one."""
     size = BATCH if batch_is_free(model, samples[0]) else 1
-    chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
-    return [tuple(torch.cat(column) for column in zip(*chunk, strict=True)) for chunk in chunks]
+    return list(stacked(samples, size))
 
 
 def divergence(before: Sequence[Tensor], after: Sequence[Tensor], logits: bool) -> float:
@@ -37,6 +36,15 @@ def divergence(before: Sequence[Tensor], after: Sequence[Tensor], logits: bool) 
         else:
             total += 0.5 * float((y - z).square().sum()) / len(y)
     return max(total, 0.0)
+
+
+def distance(model: nn.Module, other: nn.Module, inputs: Sequence[tuple[Tensor, ...]], logits: bool) -> float:
+    """The KL divergence (nats a sample) from a model to another, on inputs in batches that both take."""
+    total = 0.0
+    with torch.no_grad():
+        for batch in inputs:
+            total += divergence(outputs_of(model(*batch)), outputs_of(other(*batch)), logits) * len(batch[0])
+    return total / sum(len(batch[0]) for batch in inputs)
 
 
 def divergences(

@@ -6,7 +6,7 @@ their weights. Such a graph can be pruned, refactored, trained (dropout and batc
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,12 @@ def batch_is_free(lifted: fx.GraphModule, inputs: tuple[Tensor, ...]) -> bool:
         return True
     except (RuntimeError, AssertionError):
         return False
+
+
+def stacked(samples: Sequence[tuple[Tensor, ...]], size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Samples of batch size 1 as batches of up to `size`."""
+    for chunk in (samples[i : i + size] for i in range(0, len(samples), size)):
+        yield tuple(torch.cat(column) for column in zip(*chunk, strict=True))
 
 
 def outputs_of(result: Any) -> tuple[Tensor, ...]:

@@ -13,8 +13,9 @@ from edgebuild.analyse import analyse, check_prunable
 from edgebuild.backends import BACKENDS
 from edgebuild.built import Built
 from edgebuild.clock import Progress
+from edgebuild.divergence import distance
 from edgebuild.environment import versions
-from edgebuild.lift import lift
+from edgebuild.lift import lift, stacked
 from edgebuild.load import Loaded
 from edgebuild.sensitivity import Sensitivity, measure, moments
 from edgebuild.spec import (
@@ -68,9 +69,9 @@ class Base:
     why: tuple[str, ...] = ()
 
 
-def spread(samples: Sequence[tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:
-    """As many samples as losses are measured on, from all over the calibration data."""
-    return samples[:: max(1, len(samples) // SENSITIVITY_SAMPLES)][:SENSITIVITY_SAMPLES]
+def spread(samples: tuple[tuple[Tensor, ...], ...], most: int = SENSITIVITY_SAMPLES) -> tuple[tuple[Tensor, ...], ...]:
+    """Some samples from all over the calibration data: as many as losses are measured on, if not said otherwise."""
+    return samples[:: max(1, len(samples) // most)][:most]
 
 
 def lifted_digest(model: fx.GraphModule) -> str:
@@ -137,17 +138,17 @@ def realise(
     for technique, changed in compress(base, plan, loaded):
         model = changed
         if not plan.distil:
-            losses[technique] = trials.distance(base.model, model, samples, logits) - sum(losses.values())
+            losses[technique] = distance(base.model, model, samples, logits) - sum(losses.values())
     if plan.distil:
         model, how, steps = _distilled(model, base, plan, loaded, profile, teacher, progress)
         training = f"{training}; {how}".lstrip("; ")
-    unrounded = trials.distance(base.model, model, samples, logits)
+    unrounded = distance(base.model, model, samples, logits)
     lowered: nn.Module = model
     loss, quantization = unrounded, ""
     if plan.precision == "int8":
         quantized = _quantized(model, base, plan, loaded, profile, teacher, progress)
         lowered, quantization = quantized.model, quantized.how
-        loss = trials.distance(base.model, lowered, samples, logits)
+        loss = distance(base.model, lowered, samples, logits)
         if not plan.distil and not plan.qat_steps:
             losses["quantize"] = loss - sum(losses.values())
     artifact = BACKENDS[profile.artifact].lower(lowered, inputs)
@@ -237,7 +238,7 @@ def _normed(base: Base, model: fx.GraphModule, loaded: Loaded) -> fx.GraphModule
     restated = norms.restated(model, loaded.samples)
     if restated is model:
         return model
-    return min((restated, model), key=lambda m: trials.distance(base.model, m, samples, logits))
+    return min((restated, model), key=lambda m: distance(base.model, m, samples, logits))
 
 
 def _hints(base: Base, plan: Plan) -> tuple[Hint, ...]:
@@ -274,7 +275,7 @@ def train(
         logits=loaded.task.outputs == "logits",
         seed=seed,
         hints=hints,
-        held_out=loaded.samples[:: max(1, len(loaded.samples) // HELD_OUT)][:HELD_OUT],
+        held_out=spread(loaded.samples, HELD_OUT),
         keep=keep,
         digest=lifted_digest(teacher),
     )
@@ -289,8 +290,7 @@ def training_batches(loaded: Loaded) -> Callable[[], Any]:
 
 def calibration_batches(loaded: Loaded, size: int = 32) -> list[tuple[Tensor, ...]]:
     """The calibration samples as batches, for training without training data."""
-    chunks = [loaded.samples[i : i + size] for i in range(0, len(loaded.samples), size)]
-    return [tuple(torch.cat(column) for column in zip(*chunk, strict=True)) for chunk in chunks]
+    return list(stacked(loaded.samples, size))
 
 
 def _settings(plan: Plan, profile: Profile) -> str:

@@ -7,6 +7,7 @@ from math import inf
 from torch import fx
 
 from edgebuild.analyse import analyse
+from edgebuild.divergence import batches, distance
 from edgebuild.load import Loaded
 from edgebuild.propose import Planner, propose
 from edgebuild.realise import Base, prepare, spread
@@ -21,7 +22,7 @@ def shortened(model: Base, dropped: Sequence[str], loaded: Loaded, profile: Prof
     """The task's model without these blocks, analysed anew. Raises TransformError where it has no such blocks."""
     samples, logits = spread(loaded.samples), loaded.task.outputs == "logits"
     short = shorten.apply(model.model, loaded.task.example_inputs, dropped)
-    lost = shorten.distance(model.model, short, samples, logits)
+    lost = distance(model.model, short, batches(model.model, samples), logits)
     base = prepare("shortened", short, loaded, profile, inputs_digest, model.fresh)
     return replace(base, dropped=tuple(dropped), lost=lost)
 

@@ -10,11 +10,9 @@ from math import exp, log
 from statistics import median
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
-from edgebuild.divergence import divergence, divergences
-from edgebuild.lift import outputs_of
+from edgebuild.divergence import distance, divergences
 from edgebuild.sensitivity import Sensitivity
 from edgebuild.spec import Candidate, Cast, Form, ModelFacts, Scheme, Technique, Trial, Width
 from edgebuild.transforms import factorize, prune
@@ -93,13 +91,6 @@ def altered(
         **prune.repaired(model, facts, sensitivity, widths),
         **{form.layer: factorize.lowered(model, form, sensitivity.moments) for form in forms},
     }
-
-
-def distance(model: nn.Module, other: nn.Module, samples: Sequence[tuple[Tensor, ...]], logits: bool) -> float:
-    """The KL divergence (nats) from a model to another, which takes samples of batch size 1."""
-    with torch.no_grad():
-        pairs = [(outputs_of(model(*sample)), outputs_of(other(*sample))) for sample in samples]
-    return sum(divergence(before, after, logits) for before, after in pairs) / len(pairs)
 
 
 def _trial(plan: Sequence[Candidate], real: float) -> Trial:

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": MODEL | {"load", "devices", "backends"},
     "built": BASE | {"cache", "training", "devices"},
     "realise": MODEL
-    | {"built"}
+    | {"built", "divergence"}
     | {"environment", "clock", "training", "load", "cache", "analyse", "sensitivity", "transforms", "trials"}
     | {"backends", "devices", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},

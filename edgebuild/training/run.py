@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edgebuild.clock import Progress, Standing
 from edgebuild.divergence import divergence
-from edgebuild.lift import outputs_of
+from edgebuild.lift import outputs_of, stacked
 from edgebuild.spec import Distillation
 from edgebuild.training import checkpoint, optimizer, processes
 from edgebuild.training.objective import Hint, Watched, feature_loss, objective
@@ -259,7 +259,8 @@ class Run:
         """How close a model is to the teacher on the held-out samples; None without a teacher or samples."""
         if self.teacher is None or not self.lesson.held_out:
             return None
-        batch = tuple(torch.cat(column).to(self.device) for column in zip(*self.lesson.held_out, strict=True))
+        (together,) = stacked(self.lesson.held_out, len(self.lesson.held_out))
+        batch = tuple(x.to(self.device) for x in together)
         with _evaluating(model), torch.no_grad():
             found = [y.cpu() for y in outputs_of(model(*batch))]
         wanted = [y.cpu() for y in self.teacher(batch)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from edgebuild.lift import batch_is_free
+from edgebuild.lift import batch_is_free, stacked
 
 BATCH, MOST_SAMPLES = 64, 256
 
@@ -29,8 +29,8 @@ def restated(model: fx.GraphModule, samples: Sequence[tuple[Tensor, ...]]) -> fx
         norm.train()
     samples = samples[:MOST_SAMPLES]
     with torch.no_grad():
-        for chunk in (samples[i : i + BATCH] for i in range(0, len(samples), BATCH)):
-            result(*(torch.cat(column) for column in zip(*chunk, strict=True)))
+        for batch in stacked(samples, BATCH):
+            result(*batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return result.eval()

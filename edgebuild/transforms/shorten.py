@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from edgebuild.analyse import layers_of
-from edgebuild.divergence import batches, divergence
+from edgebuild.divergence import batches, distance
 from edgebuild.errors import TransformError
 from edgebuild.lift import outputs_of
 from edgebuild.spec import LayerFacts
@@ -86,26 +86,16 @@ def greedy(
         if not left:
             return
         cost = max(1, sum(layer.macs for layer in layers_of(current.model, inputs)) * len(left))
-        few = samples[: max(FEWEST_SAMPLES, int(MACS / cost))]
+        shown = batches(model, samples[: max(FEWEST_SAMPLES, int(MACS / cost))])
         found = []
         for block in left:
             short = apply(current.model, inputs, [block.name])
-            found.append(Shortened(short, (*current.dropped, block), distance(model, short, few, logits)))
+            lost = distance(model, short, shown, logits)
+            found.append(Shortened(short, (*current.dropped, block), lost))
         # a model does not come closer to the whole one by what it loses, however the samples fell
         best = min(found, key=lambda shortened: shortened.loss)
         current = Shortened(best.model, best.dropped, max(best.loss, current.loss))
         yield current
-
-
-def distance(
-    model: fx.GraphModule, short: fx.GraphModule, samples: Sequence[tuple[Tensor, ...]], logits: bool
-) -> float:
-    """The KL divergence (nats) from the model to a shortened one, on samples of batch size 1."""
-    total = 0.0
-    with torch.no_grad():
-        for batch in batches(model, samples):
-            total += divergence(outputs_of(model(*batch)), outputs_of(short(*batch)), logits) * len(batch[0])
-    return total / len(samples)
 
 
 # ----------------------------------------------------------------------------------------------------- the graph

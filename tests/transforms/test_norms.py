@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgebuild import trials
+from edgebuild.divergence import distance
 from edgebuild.lift import lift
 from edgebuild.transforms import norms
 
@@ -28,9 +28,7 @@ def test_what_surgery_shifted_comes_back(small_net):
     model = norms.restated(lift(small_net, SAMPLES[0]), SAMPLES)
     shifted = copy.deepcopy(model)
     shifted.get_submodule("block.conv1").weight.data *= 3
-    before, after = (
-        trials.distance(model, other, SAMPLES, True) for other in (shifted, norms.restated(shifted, SAMPLES))
-    )
+    before, after = (distance(model, other, SAMPLES, True) for other in (shifted, norms.restated(shifted, SAMPLES)))
     assert after < 1e-3 * before
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from edgebuild import costs, trials, verify
+from edgebuild import costs, verify
 from edgebuild.analyse import analyse
 from edgebuild.attempt import HOST, artifact_file
 from edgebuild.backends import BACKENDS, xnnpack
 from edgebuild.devices import DEVICES
+from edgebuild.divergence import distance
 from edgebuild.errors import BackendError, TaskError, TransformError
 from edgebuild.lift import lift
 from edgebuild.plan import Choice
@@ -105,7 +106,7 @@ def test_the_ranges_that_lose_least_are_taken(lifted, image, wide, monkeypatch):
         monkeypatch.setattr(fake, "RANGES", {name: ways[name] for name in names})
         made = quantize.apply(lifted, image, wide, xnnpack.quantizer())
         _, deciding = quantize.split(wide)
-        return made, trials.distance(lifted, made.model, deciding, True)
+        return made, distance(lifted, made.model, deciding, True)
 
     monkeypatch.setattr(fake, "BETTER", 0.0)  # biases are left alone
     alone = {name: loss([name])[1] for name in ways}
@@ -198,7 +199,7 @@ def test_training_with_the_rounding_loses_less_and_what_is_lowered_has_it(lifted
     after = quantize.apply(model, image, samples, quantizer).model
     made = quantize.finish(model, model, image, samples, held, quantizer, True, train(model, 3e-4, 60))
     assert "trained with its rounding" in made.how
-    assert trials.distance(model, made.model, held, True) < trials.distance(model, after, held, True)
+    assert distance(model, made.model, held, True) < distance(model, after, held, True)
     artifact, found = answers(made.model, image, held)
     assert artifact.fallen_back == () and sqnr(found, made.model, held) > 25
 
