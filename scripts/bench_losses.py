@@ -15,7 +15,6 @@ import time
 import warnings
 import zipfile
 from collections.abc import Sequence
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +23,13 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from compression import cifar  # noqa: E402
 
 from edgebuild import realise, trials  # noqa: E402
 from edgebuild.backends import xnnpack  # noqa: E402
+from edgebuild.divergence import distance  # noqa: E402
 from edgebuild.errors import SpecError  # noqa: E402
 from edgebuild.lift import lift  # noqa: E402
 from edgebuild.load import Loaded, load  # noqa: E402
@@ -113,13 +115,9 @@ def digits() -> tuple[Loaded, Tensor]:
 
 
 def images_of(options: argparse.Namespace) -> tuple[Loaded, Tensor]:
-    spec = spec_from_file_location("bench_model", options.module)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
     with zipfile.ZipFile(options.images) as archive:
         seen, held_out = (read(archive, part, count) for part, count in (("/train/", 128), ("/test/", HELD_OUT)))
-    task = Task(module.load(str(options.weights)).eval(), (seen[:1],), (seen,))
+    task = Task(cifar.load(options.module, options.weights), (seen[:1],), (seen,))
     return Loaded(options.module.stem, task, tuple((x,) for x in seen.split(1)), ""), held_out
 
 
@@ -182,7 +180,7 @@ def build(base: realise.Base, plan: Sequence[Candidate], loaded: Loaded, held_ou
         kept = {layer.name for layer in base.facts.layers if layer.weighted} - cast
         kept |= {f"{form.layer}.{i}" for form in forms if form.layer in kept for i in range(3)}
         model = quantize.apply(model, inputs, loaded.samples[:32], xnnpack.quantizer(tuple(sorted(kept)))).model
-    return trials.distance(base.model, model, [(x,) for x in held_out.split(1)], loaded.task.outputs == "logits")
+    return distance(base.model, model, [(x,) for x in held_out.split(1)], loaded.task.outputs == "logits")
 
 
 def correlation(rows: Sequence[dict]) -> dict[str, float]:
