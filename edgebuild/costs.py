@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 
+from edgebuild import cache as store
 from edgebuild import footprint
 from edgebuild.devices import DEVICES
 from edgebuild.footprint import ArtifactKind
@@ -99,5 +100,7 @@ def warm_up(targets: Sequence[Target], threads: int, facts: ModelFacts) -> None:
     layers = [step for precision in PRECISIONS for step in Choice(facts, precision).layers()]
     for target in targets:
         device = DEVICES[target.device]
-        device.layer_latencies(layers, target, threads)
-        device.call_latency(target, threads)
+        # alone: another build would take the same minute for the same, and disturb the host's timing
+        with store.locked("costs", store.key(repr(target), str(threads))[:16]):
+            device.layer_latencies(layers, target, threads)
+            device.call_latency(target, threads)

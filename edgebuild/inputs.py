@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 def read_files(task: str) -> list[Path]:
     """The files that were read, without Python's own and installed packages', and all that lie in the task's folder."""
     ours = [sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    ours += [str(Path(__file__).parent), str(cache.root()), "/proc", "/sys", "/dev", "/usr", "/etc", "/tmp/edgebuild-"]
+    ours += [str(Path(__file__).parent), str(cache.root()), "/proc", "/sys", "/dev", "/usr", "/etc"]
+    ours += [str(Path(tempfile.gettempdir()).resolve() / "edgebuild-")]
     found = {Path(name).resolve() for name in list(_opened)}
     where = Path(task)
     folder = where if where.is_dir() else where.parent

@@ -244,7 +244,7 @@ def _report(
     outcome: Any = "infeasible" if found.infeasible or best is None else best.outcome
     built = best is not None and outcome != "infeasible"
     shown = best if built else None
-    findings = (*findings, *found.findings, *(shown.findings if shown else ()))
+    findings = (*findings, *found.findings, *(shown.findings if shown else ()), *_unkept())
     return Report(
         outcome=outcome,
         summary=_summary(outcome, profile, found),
@@ -275,6 +275,10 @@ def _report(
         environment=_environment(loaded, profile, base),
         build_id=cache.key(base.digest, repr(profile), repr(targets), *versions().values())[:16],
     )
+
+
+def _unkept() -> tuple[Finding, ...]:
+    return (Finding("skipped", "cache", f"{why}: not all is kept for later builds"),) if (why := cache.unkept()) else ()
 
 
 def _summary(outcome: str, profile: Profile, found: Found) -> str:

@@ -128,9 +128,17 @@ def realise(
 ) -> Built:
     """Build a plan's artifact, or take it from the cache. Raises TransformError, BackendError or TaskError."""
     name = cache.key(base.digest, _settings(plan, profile))
-    kept = None if base.fresh else built.read(name)
-    if kept is not None:
+    with cache.locked("built", name):
+        kept = None if base.fresh else built.read(name)
+        if kept is None:
+            kept = _realised(base, plan, loaded, profile, teacher, progress)
+            built.write(name, kept)
         return kept
+
+
+def _realised(
+    base: Base, plan: Plan, loaded: Loaded, profile: Profile, teacher: fx.GraphModule, progress: Progress
+) -> Built:
     inputs, samples = loaded.task.example_inputs, loaded.samples[:SENSITIVITY_SAMPLES]
     logits = loaded.task.outputs == "logits"
     model, training, steps = base.model, base.training, 0
@@ -153,9 +161,7 @@ def realise(
             losses["quantize"] = loss - sum(losses.values())
     artifact = BACKENDS[profile.artifact].lower(lowered, inputs)
     expected = tuple(eager(lowered, samples))
-    made = Built(artifact, expected, training, steps, False, loss, unrounded, losses, quantization, lowered)
-    built.write(name, made)
-    return made
+    return Built(artifact, expected, training, steps, False, loss, unrounded, losses, quantization, lowered)
 
 
 def _distilled(
@@ -170,15 +176,16 @@ def _distilled(
     """The model trained, how that went, and its steps. Plans that only round it otherwise take it from the cache."""
     unrounded = replace(plan, precision="fp32", keep_fp32=(), scheme="static", qat_steps=0)
     name = cache.key("trained", base.digest, _settings(unrounded, profile))
-    kept = built.read_trained(name, model) if not base.fresh or name in base.made else None
-    if kept is not None:
-        return kept
-    settings = replace(profile.distillation, steps=plan.distil_steps)
-    hints = _hints(base, plan) if base.name != "student" and settings.hint_weight else ()
-    trained, how = train(model, teacher, loaded, settings, profile.seed, progress, name, hints)
-    built.write_trained(name, trained, how)
-    base.made.add(name)
-    return trained, str(how), how.steps
+    with cache.locked("trained", name):
+        kept = built.read_trained(name, model) if not base.fresh or name in base.made else None
+        if kept is not None:
+            return kept
+        settings = replace(profile.distillation, steps=plan.distil_steps)
+        hints = _hints(base, plan) if base.name != "student" and settings.hint_weight else ()
+        trained, how = train(model, teacher, loaded, settings, profile.seed, progress, name, hints)
+        built.write_trained(name, trained, how)
+        base.made.add(name)
+        return trained, str(how), how.steps
 
 
 def _quantized(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgebuild import cache
 from edgebuild.devices import arm_rates, machine, simulator, toolchain
 from edgebuild.devices.device import Arrays
 from edgebuild.devices.guest import Guest, start
@@ -65,7 +66,8 @@ def measure(
     with load(artifact, target, threads) as guest:
         guest.run(inputs[0])
     memory = guest.peak_memory(target.name, "simulated")
-    timed = simulator.simulate(artifact, target, threads)
+    with cache.locked("arm", f"simulation-{cache.key(Path(artifact).read_bytes(), repr(target), str(threads))[:32]}"):
+        timed = simulator.simulate(artifact, target, threads)
     latency = Measurement(
         target.name,
         "latency",

@@ -9,7 +9,6 @@ kernels run.
 from pathlib import Path
 
 from edgebuild import cache
-from edgebuild.devices.toolchain import publish
 from edgebuild.spec import Cluster, Identity
 
 
@@ -24,7 +23,7 @@ def folder(cluster: Cluster) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
 
-    return publish(cache.root() / "arm" / f"machine-{key[:16]}", write)
+    return cache.folder("arm", f"machine-{key[:16]}", write)
 
 
 def midr(identity: Identity) -> int:

@@ -58,7 +58,7 @@ def folder(machine: str) -> Path:
             shutil.copy(_library(name, libraries, cxx), made / "lib" / name)
             (made / "lib" / name).chmod(0o755)
 
-    return toolchain.publish(cache.root() / "runtime" / f"{machine}-{key}", make)
+    return cache.folder("runtime", f"{machine}-{key}", make)
 
 
 def command(where: str, machine: str) -> str:

@@ -14,15 +14,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from edgebuild import cache
-from edgebuild.errors import MissingEnvironment, UsageError
+from edgebuild.errors import MissingEnvironment
 
 INSTALL = "apt-get install -y qemu-user g++-aarch64-linux-gnu"
+ARM = "arm"  # the kind of what the cache keeps of it
 NATIVE = Path(__file__).parent / "native"
 FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-DC10_USING_CUSTOM_GENERATED_MACROS")
 PLUGIN_FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden")
@@ -57,7 +57,7 @@ def c_compiler() -> Path:
 
 def sdk() -> Path:
     """A folder with the `include` and `lib` of ExecuTorch for Arm, fetched on first use. Raises MissingEnvironment."""
-    return publish(_sdk_folder(), _fetch_sdk)
+    return cache.folder(ARM, _sdk_name(), _fetch_sdk)
 
 
 def runner() -> Path:
@@ -68,7 +68,7 @@ def runner() -> Path:
         link = f"-Wl,-rpath,$ORIGIN/../{headers_and_libraries.name}/lib"
         build_runner(cxx, headers_and_libraries, folder / "runner", link)
 
-    return publish(_runner_folder(cxx), make) / "runner"
+    return cache.folder(ARM, _runner_name(cxx), make) / "runner"
 
 
 def plugin() -> Path:
@@ -85,7 +85,7 @@ def plugin() -> Path:
                 f"{cc} cannot build the simulator: {errors[0].strip()}", "it needs GCC 8 or Clang 9"
             )
 
-    return publish(_plugin_folder(cc), make) / "simulator.so"
+    return cache.folder(ARM, _plugin_name(cc), make) / "simulator.so"
 
 
 def version_of(program: Path) -> str:
@@ -113,12 +113,12 @@ def native_sdk() -> Path:
 def native_runner() -> Path:
     """The program that runs a `.pte`, for this machine, built on first use. Raises MissingEnvironment."""
     headers_and_libraries, cxx = native_sdk(), native_compiler()
-    folder = cache.root() / "native" / f"runner-{_runner_key(cxx, _executorch_version(), platform.machine())}"
+    name = f"runner-{_runner_key(cxx, _executorch_version(), platform.machine())}"
 
     def make(made: Path) -> None:
         build_runner(cxx, headers_and_libraries, made / "runner", f"-Wl,-rpath,{headers_and_libraries / 'lib'}")
 
-    return publish(folder, make) / "runner"
+    return cache.folder("native", name, make) / "runner"
 
 
 def build_runner(cxx: Path, headers_and_libraries: Path, output: Path, *link: str) -> None:
@@ -162,45 +162,25 @@ def status() -> list[tuple[str, bool, str]]:
         except MissingEnvironment as missing:
             found.append((name, False, missing.remedy))
     try:
-        folder = _sdk_folder()
+        folder = _place(_sdk_name())
         how = f"fetched on first use by {shlex.join(_pip_command())}"
         found.append(("executorch for Arm", folder.is_dir(), str(folder) if folder.is_dir() else how))
     except MissingEnvironment as missing:
         found.append(("executorch for Arm", False, missing.remedy))
     if all(present for _, present, _ in found):
-        folder = _runner_folder(compiler())
+        folder = _place(_runner_name(compiler()))
         found.append(("Arm runner", True, str(folder) if folder.is_dir() else "will be built on first use"))
     else:
         found.append(("Arm runner", False, "built on first use, once the others are there"))
     try:
         cc = c_compiler()
-        folder = _plugin_folder(cc)
+        folder = _place(_plugin_name(cc))
         found.append(("cc", True, _first_line([str(cc), "--version"]) or str(cc)))
         found.append(("simulator", True, str(folder) if folder.is_dir() else "will be built on first use"))
     except MissingEnvironment as missing:
         found.append(("cc", False, missing.remedy))
         found.append(("simulator", False, "built on first use, once cc is there"))
     return found
-
-
-def publish(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Fill a folder once. Others see it whole or not at all, and two processes that make it at once both succeed."""
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-            made = Path(scratch) / "made"
-            made.mkdir()
-            make(made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else somebody else was faster, with the same content
-                    raise
-    except OSError as error:
-        raise UsageError(f"cannot write the cache at {folder.parent}: {error}", "set EDGEBUILD_CACHE") from None
-    return folder
 
 
 def _program(variable: str, name: str, install: str = INSTALL) -> Path:
@@ -225,22 +205,26 @@ def _executorch_version() -> str:
     return installed
 
 
-def _sdk_folder() -> Path:
+def _place(name: str) -> Path:
+    return cache.root() / ARM / name
+
+
+def _sdk_name() -> str:
     release = _executorch_version()
-    return cache.root() / "arm" / f"executorch-{release}-{WHEELS[release][:16]}"
+    return f"executorch-{release}-{WHEELS[release][:16]}"
 
 
-def _runner_folder(cxx: Path) -> Path:
-    return cache.root() / "arm" / f"runner-{_runner_key(cxx, _sdk_folder().name)}"
+def _runner_name(cxx: Path) -> str:
+    return f"runner-{_runner_key(cxx, _sdk_name())}"
 
 
-def _plugin_folder(cc: Path) -> Path:
+def _plugin_name(cc: Path) -> str:
     folder = NATIVE / "simulator"
     texts = [
         path.read_bytes() for path in (*sorted(folder.glob("*.c")), *sorted(folder.glob("*.h")), NATIVE / "marks.h")
     ]
     key = cache.key(*texts, *PLUGIN_FLAGS, _first_line([str(cc), "--version"]))
-    return cache.root() / "arm" / f"simulator-{key[:16]}"
+    return f"simulator-{key[:16]}"
 
 
 def _runner_key(cxx: Path, *more: str) -> str:

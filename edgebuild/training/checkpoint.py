@@ -1,7 +1,6 @@
 """A training's state on disk, in the cache: what a killed training goes on from."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,4 +31,4 @@ def read(name: str) -> dict[str, Any] | None:
 
 def remove(name: str) -> None:
     """Forget a training that came to its end."""
-    Path(cache.root() / KIND / name).unlink(missing_ok=True)
+    cache.remove(KIND, name)

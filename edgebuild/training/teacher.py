@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import sqlite3
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from edgebuild import cache
 from edgebuild.lift import outputs_of
 
+KIND = "teacher"
 MOST_KEPT = 512 * 2**20  # bytes of one teacher's outputs
 
 
@@ -32,16 +34,19 @@ class Teacher:
         self._store: sqlite3.Connection | None = None
         self._size = 0
         if digest:
-            with contextlib.suppress(OSError, sqlite3.Error):  # a cache that cannot be written costs time, no more
-                path = cache.root() / "teacher" / f"{digest}.sqlite"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                store = sqlite3.connect(path, timeout=10, isolation_level=None)
-                store.execute("PRAGMA journal_mode=WAL")
-                store.execute("PRAGMA synchronous=OFF")
-                store.execute("CREATE TABLE IF NOT EXISTS outputs (batch BLOB PRIMARY KEY, tensors BLOB)")
-                counted = store.execute("SELECT COUNT(*), COALESCE(SUM(LENGTH(tensors)), 0) FROM outputs").fetchone()
-                self.kept, self._size = counted
-                self._store = store
+            name = f"{digest}.sqlite"
+            path = cache.find(KIND, name) or cache.root() / KIND / name
+            try:
+                self._open(_writable(path))
+            except (OSError, sqlite3.Error) as error:
+                cache.not_kept(error)
+                with contextlib.suppress(OSError, sqlite3.Error):  # it costs time, no more
+                    self._open(_readable(path) if path.exists() else _writable(cache.aside(KIND) / name))
+
+    def _open(self, store: sqlite3.Connection) -> None:
+        counted = store.execute("SELECT COUNT(*), COALESCE(SUM(LENGTH(tensors)), 0) FROM outputs").fetchone()
+        self.kept, self._size = counted
+        self._store = store
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs for a batch, detached."""
@@ -78,8 +83,25 @@ class Teacher:
         try:
             self._store.execute("INSERT OR REPLACE INTO outputs VALUES (?, ?)", (key, data))
             self._size += len(data)
-        except sqlite3.Error:  # the disk is full, or somebody deleted the cache
-            self._store = None
+        except sqlite3.Error as error:  # the disk is full, or the cache is read-only, or somebody deleted it
+            cache.not_kept(error)
+            self._size = MOST_KEPT + 1
+
+
+def _writable(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store = sqlite3.connect(path, timeout=10, isolation_level=None)
+    store.execute("PRAGMA journal_mode=WAL")
+    store.execute("PRAGMA synchronous=OFF")
+    store.execute("CREATE TABLE IF NOT EXISTS outputs (batch BLOB PRIMARY KEY, tensors BLOB)")
+    return store
+
+
+def _readable(path: Path) -> sqlite3.Connection:
+    """What is there in a cache that cannot be written, where nothing is left to be put in order first."""
+    if path.with_name(f"{path.name}-wal").exists():
+        raise sqlite3.OperationalError("a write-ahead log is left")
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
 
 
 def _digest(inputs: tuple[Tensor, ...]) -> bytes:

@@ -1,15 +1,13 @@
 """Where the parts of the simulated device come from, and what is said when one cannot be had."""
 
-import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from edgebuild import catalog
+from edgebuild import cache, catalog
 from edgebuild.devices import machine, toolchain
-from edgebuild.errors import MissingEnvironment, UsageError
+from edgebuild.errors import MissingEnvironment
 
 WHEEL = "executorch-1.5.1-cp311-cp311-manylinux_2_28_aarch64.whl"
 
@@ -22,7 +20,7 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in folder.rglob("*") if path.is_file() and path.parent.name != cache.LOCKS]
 
 
 @pytest.mark.parametrize(
@@ -102,36 +100,6 @@ def test_a_compiler_that_cannot_build_the_runner(tmp_path):
     refuses.chmod(0o755)
     with pytest.raises(MissingEnvironment, match=r"cannot build the runner: runner\.cpp:1:1: error: no such thing"):
         toolchain.build_runner(refuses, tmp_path, tmp_path / "runner")
-
-
-def test_two_that_publish_at_once_both_get_the_folder(tmp_path):
-    both_made = threading.Barrier(2, timeout=30)
-
-    def make(folder: Path) -> None:
-        (folder / "part").write_text("whole")
-        both_made.wait()
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda _: toolchain.publish(tmp_path / "store" / "it", make), range(2)))
-    assert results == [tmp_path / "store" / "it"] * 2
-    assert [path.relative_to(tmp_path) for path in _files(tmp_path)] == [Path("store/it/part")]
-
-
-def test_what_fails_half_way_is_not_published(tmp_path):
-    def make(folder: Path) -> None:
-        (folder / "part").write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        toolchain.publish(tmp_path / "store" / "it", make)
-    assert list((tmp_path / "store").iterdir()) == []
-
-
-def test_a_cache_that_cannot_be_written_says_so(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(UsageError, match="cannot write the cache at .*set EDGEBUILD_CACHE"):
-        toolchain.publish(blocked / "it", lambda folder: None)
 
 
 def test_the_machine_that_a_guest_sees(empty_cache):
