@@ -53,7 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="what its load() reads")
     parser.add_argument("--images", type=Path, help="a zip of JPEG files")
     parser.add_argument("--points", nargs="*", default=list(POINTS), choices=list(POINTS), help="for cifar")
-    parser.add_argument("--time", default="3 min", help="of each training, for techniques and tools")
+    parser.add_argument(
+        "--time", default="3 min", help='of each training, for techniques and tools; "400 steps" for techniques'
+    )
     parser.add_argument("--seeds", type=int, default=5, help="for mnist")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     tools.add_options(parser)
@@ -91,7 +93,7 @@ def techniques(options: argparse.Namespace) -> dict[str, Any]:
     chosen |= {f"{alone} alone": (alone,) for alone in ALL[:3]}
     rows = [original]
     for name, used in chosen.items():
-        rows.append(builds.build(name, task, budgets, options.time, used, 'time = "40 min"\nrounds = 2'))  # type: ignore[arg-type]
+        rows.append(builds.build(name, task, budgets, options.time, used, 'time = "3 h"\nrounds = 2'))  # type: ignore[arg-type]
         print(builds.table(rows), flush=True)
     return {"rows": builds.as_json(rows)}
 

@@ -47,13 +47,15 @@ def build(
     techniques: tuple[Technique, ...] = (),
     extra: str = "",
 ) -> Row:
-    """Build a task for a profile made of budgets; `training` is how long a training takes, as "15 min"."""
+    """Build a task for a profile made of budgets; `training` is how long each training is: "15 min" or "400 steps"."""
     lines = [f'name = "{name}"', f'title = "{name}"', 'target = "host"', 'artifact = "pte"', "threads = 1", extra]
     if techniques:
         lines.append(f"techniques = {json.dumps(techniques)}")
     lines += ["[budgets]", *(f'{key} = "{value}"' for key, value in budgets.items())]
     if training:
-        lines += ["[distillation]", f'time = "{training}"']
+        count, _, unit = training.partition(" ")
+        length = [f"steps = {count}", 'time = "3 h"'] if unit == "steps" else [f'time = "{training}"']
+        lines += ["[distillation]", *length]
     with tempfile.TemporaryDirectory(prefix="edgebuild-bench-") as folder:
         profile = Path(folder) / f"{name}.toml"
         profile.write_text("\n".join(lines) + "\n", encoding="utf-8")
