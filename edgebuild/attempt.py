@@ -5,19 +5,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from edgebuild import verify
+from edgebuild import cache, verify
 from edgebuild.backends import BACKENDS
+from edgebuild.base import Base, lifted_digest
 from edgebuild.built import Built
 from edgebuild.clock import Clock
 from edgebuild.devices import DEVICES, Arrays
+from edgebuild.environment import versions
 from edgebuild.errors import DeviceError
 from edgebuild.load import Loaded
 from edgebuild.plan import Choice
 from edgebuild.propose import Planner, Proposal
-from edgebuild.realise import Base, realise
+from edgebuild.realise import realise
 from edgebuild.spec import (
     PER_TARGET,
     Accuracy,
@@ -30,6 +33,7 @@ from edgebuild.spec import (
     Target,
     Verdict,
 )
+from edgebuild.training.teacher import Teacher
 
 HOST = Target(name="host", title="The machine that builds", device="host", status="measured")
 PARITY_SAMPLES = 32
@@ -87,9 +91,11 @@ class Original:
 def take_original(base: Base, loaded: Loaded, profile: Profile, targets: Sequence[Target], clock: Clock) -> Original:
     """Score the model as it came, and lower and measure it in fp32: what everything else is held against."""
     with clock.stage("evaluate", "scoring the original"):
-        score = verify.score(loaded, base.model) if loaded.task.evaluate is not None else None
+        score = _score(base, loaded, clock) if loaded.task.evaluate is not None else None
     with clock.stage("lower", "lowering the original in fp32"):
         built = realise(base, Plan(precision="fp32"), loaded, profile, base.model, clock.training)
+        if built.reused:
+            clock.reuse("the original's fp32 artifact")
     layers = Choice(base.facts, "fp32").layers()
     measurements: list[Measurement] = []
     with artifact_file(built.artifact) as artifact, clock.stage("measure", "measuring the original"):
@@ -102,6 +108,26 @@ def take_original(base: Base, loaded: Loaded, profile: Profile, targets: Sequenc
     return Original(base.model, score, built, tuple(measurements))
 
 
+def _score(base: Base, loaded: Loaded, clock: Clock) -> tuple[float, int]:
+    """The original's score.
+
+    The task's `evaluate` runs, as nobody but itself knows what it depends on; the model's outputs are kept by what it
+    is given, and recalled.
+    """
+    known = "" if base.fresh else cache.key("outputs", lifted_digest(base.model), repr(sorted(versions().items())))
+    model = Teacher(base.model, known)
+
+    def predict(*inputs: Tensor) -> Any:
+        outputs = model(inputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    score = verify.score(loaded, predict)
+    if model.recalled:
+        batches = model.recalled + model.computed
+        clock.reuse(f"the original's outputs for {model.recalled} of the {batches} batches that it is scored on")
+    return score
+
+
 def carry_out(
     planner: Planner, proposed: Proposal, original: Original, loaded: Loaded, clock: Clock, draft: bool
 ) -> Attempt:
@@ -111,6 +137,8 @@ def carry_out(
     words = f"{'drafting' if draft else 'building'}: {', '.join(plan.techniques) or 'no technique'}"
     with clock.stage("distil" if plan.distil else "lower", words):
         built = realise(base, plan, loaded, profile, original.model, clock.training)
+        if built.reused:
+            clock.reuse(f"the artifact of a plan ({', '.join(plan.techniques) or 'no technique'})")
     layers = proposed.choice.layers()
     samples = loaded.samples[: len(built.expected)]
     logits = loaded.task.outputs == "logits"

@@ -76,7 +76,7 @@ def read_trained(name: str, model: fx.GraphModule) -> tuple[fx.GraphModule, str,
     if data is None:
         return None
     try:
-        about = _about(data)
+        about = about_of(data)
         trained = copy.deepcopy(model)
         trained.load_state_dict(load(data))
         return trained, about["how"], int(about["steps"])
@@ -94,7 +94,7 @@ def read(name: str) -> Built | None:
         return None
     try:
         tensors = load(data)
-        metadata = _about(data)
+        metadata = about_of(data)
         facts = json.loads(metadata["facts"])
         samples: dict[str, list[np.ndarray]] = {}
         for key in sorted(key for key in tensors if key != "artifact"):
@@ -109,7 +109,7 @@ def read(name: str) -> Built | None:
         return None  # damaged: it is made again
 
 
-def _about(data: bytes) -> dict[str, str]:
+def about_of(data: bytes) -> dict[str, str]:
     """The metadata of a safetensors file, which its reader of bytes leaves out."""
     about: dict[str, str] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     return about

@@ -28,7 +28,8 @@ MAKING = ".making-"  # how the names of what is not complete yet begin
 LOCKS = "locks"
 RUNNING = "running-"  # how the names of the locks begin that processes hold for as long as they last
 _ELSEWHERE = "free some space, or set EDGEBUILD_CACHE and TMPDIR"
-POLL = 0.2  # seconds between two looks at a lock that another process holds
+POLL = 0.1  # seconds between two looks at a lock that another process holds
+PATIENCE = 1.0  # seconds of waiting that are not worth a word
 
 T = TypeVar("T")
 
@@ -117,9 +118,10 @@ def folder(kind: str, name: str, make: Callable[[Path], None]) -> Path:
     Folders of a kind are neighbours, by whose relative paths they may refer to each other. Raises UsageError where
     neither the cache nor a temporary folder can be written.
     """
+    if (known := find(kind, name)) is not None:
+        return known
     with locked(kind, name):
-        known = find(kind, name)
-        if known is not None:
+        if (known := find(kind, name)) is not None:
             return known
         try:
             return _fill(root() / kind, name, make)
@@ -214,7 +216,7 @@ def locked(kind: str, name: str) -> Iterator[None]:
     lock = _lock(root(), f"{kind}-{name}")
     try:
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PATIENCE)
         except Timeout:
             print(f"waiting for {_holder(lock)}, which makes the same {kind}", file=sys.stderr)
             lock.acquire()

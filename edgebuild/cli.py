@@ -18,8 +18,10 @@ app = typer.Typer(
 )
 targets_app = typer.Typer(help="The hardware that budgets are checked on.", no_args_is_help=True)
 profiles_app = typer.Typer(help="Targets with budgets.", no_args_is_help=True)
+cache_app = typer.Typer(help="What earlier builds made, kept for later ones.", no_args_is_help=True)
 app.add_typer(targets_app, name="targets")
 app.add_typer(profiles_app, name="profiles")
+app.add_typer(cache_app, name="cache")
 
 EXIT = {"met": 0, "broken": BudgetBroken.exit_code, "infeasible": Infeasible.exit_code}
 INTERRUPTED = 130
@@ -152,7 +154,8 @@ def build(
     console = Console()
     known = None if rebuild or json else inputs.unchanged(record, depends)
     if known is not None and _intact(folder, known["manifest"]):
-        console.print(f"{folder} is up to date: {known['summary']}", highlight=False, soft_wrap=True)
+        same = f"reused as it is: {known['files']} files of the task, profile, targets and versions are unchanged"
+        console.print(f"{folder} is up to date: {known['summary']} ({same})", highlight=False, soft_wrap=True)
         raise typer.Exit(known["code"])
     inputs.watch()
     _hush()
@@ -303,6 +306,58 @@ def doctor() -> None:
     Console().print(table)
     if missing := [name for name, present, _ in rows if not present]:
         raise MissingEnvironment(f"missing: {', '.join(missing)}", "the commands are above")
+
+
+@cache_app.command("info")
+def cache_info() -> None:
+    """Say where the cache is, what it holds, and how large it may grow."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from edgebuild import cache, upkeep
+    from edgebuild.units import Bytes
+
+    most, found = upkeep.bound(), upkeep.entries()
+    total = Bytes(sum(entry.size for entry in found))
+    table = Table("kind", "entries", "size", "", box=None)
+    for kind in sorted({*upkeep.KINDS, *(entry.kind for entry in found)}):
+        sizes = [entry.size for entry in found if entry.kind == kind]
+        what = upkeep.KINDS.get(kind, "not of this version")
+        table.add_row(kind, str(len(sizes)), str(Bytes(sum(sizes))), what)
+    console = Console()
+    console.print(
+        f"{cache.root()} holds {total} and may hold {most} ({upkeep.VARIABLE}).", highlight=False, soft_wrap=True
+    )
+    console.print(table)
+
+
+@cache_app.command("clear")
+def cache_clear(
+    kind: Annotated[str | None, typer.Argument(help="Only entries of this kind, as `cache info` lists them.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove what the cache holds. What a running build uses stays."""
+    import difflib
+
+    from edgebuild import cache, upkeep
+    from edgebuild.errors import UsageError
+    from edgebuild.units import Bytes
+
+    found = upkeep.entries()
+    kinds = sorted({*upkeep.KINDS, *(entry.kind for entry in found)})
+    if kind is not None and kind not in kinds:
+        close = difflib.get_close_matches(kind, kinds, 1)
+        remedy = f"perhaps you meant {close[0]!r}" if close else f"known: {', '.join(kinds)}"
+        raise UsageError(f"the cache has no kind {kind!r}", remedy)
+    size = Bytes(sum(entry.size for entry in found if kind in (None, entry.kind)))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("nobody can be asked whether to remove it", "add --yes")
+        typer.confirm(f"Remove {size} of {kind or 'everything'} from {cache.root()}?", abort=True)
+    gone, left = upkeep.clear(kind or "")
+    print(f"removed {len(gone)} entries, {Bytes(sum(entry.size for entry in gone))}")
+    if left:
+        print(f"left {len(left)} entries, {Bytes(sum(entry.size for entry in left))}, which a running process uses")
 
 
 @targets_app.command("list")

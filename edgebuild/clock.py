@@ -29,10 +29,14 @@ def silent(standing: Standing) -> None:
 
 
 class Clock:
-    """Seconds by stage, in the order in which the stages first ran; a stage that runs again adds up."""
+    """Seconds by stage, in the order in which the stages first ran; a stage that runs again adds up.
+
+    `reused` lists what was taken from an earlier build in place of being made.
+    """
 
     def __init__(self, tell: Tell = lambda message, seconds: None):
         self.stages: dict[str, float] = {}
+        self.reused: list[str] = []
         self.began = time.monotonic()
         self._tell = tell
 
@@ -48,6 +52,11 @@ class Clock:
 
     def tell(self, message: str) -> None:
         self._tell(message, self.elapsed)
+
+    def reuse(self, what: str) -> None:
+        """Note, and tell, that something was taken from an earlier build."""
+        self.reused.append(what)
+        self.tell(f"  reused: {what}")
 
     def training(self, standing: Standing) -> None:
         """Tell how a training stands."""

@@ -54,7 +54,7 @@ def record(name: str, files: Iterable[Path], rest: str, outcome: dict[str, Any])
 
 
 def unchanged(name: str, rest: str) -> dict[str, Any] | None:
-    """How the recorded build ended, if nothing that it read has changed; else None."""
+    """How the recorded build ended and how many "files" it read, if none of them has changed; else None."""
     data = cache.read("builds", name)
     try:
         known = json.loads(data) if data else None
@@ -64,7 +64,7 @@ def unchanged(name: str, rest: str) -> dict[str, Any] | None:
             status = os.stat(path)
             if status.st_size != size or (status.st_mtime_ns != modified and _sha256(Path(path)) != digest):
                 return None
-        outcome: dict[str, Any] = known["outcome"]
+        outcome: dict[str, Any] = known["outcome"] | {"files": len(known["files"])}
         return outcome
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from edgebuild import trials
 from edgebuild.attempt import Attempt, Original, carry_out
+from edgebuild.base import Base
 from edgebuild.clock import Clock
 from edgebuild.costs import Factors
 from edgebuild.errors import BackendError, TransformError
@@ -23,7 +24,6 @@ from edgebuild.propose import (
     start,
     with_rounding,
 )
-from edgebuild.realise import Base
 from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
 from edgebuild.students import CLEARLY
 

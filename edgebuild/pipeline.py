@@ -1,7 +1,7 @@
 """The flow: load -> analyse -> plan -> prune/factorize -> distil -> quantize -> lower -> verify -> report -> bundle."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ import msgspec
 import torch
 from torch import fx
 
-from edgebuild import bundle, cache, catalog, costs, report, students, verify
+from edgebuild import bundle, cache, catalog, costs, report, students, upkeep, verify
 from edgebuild.attempt import Original, take_original
+from edgebuild.base import Base, lifted_digest, prepare
 from edgebuild.clock import Clock, Tell
 from edgebuild.devices import DEVICES
 from edgebuild.environment import machine, versions
@@ -20,7 +21,7 @@ from edgebuild.load import Loaded, load
 from edgebuild.loop import Found, Make, improve
 from edgebuild.plan import checked, choice_of
 from edgebuild.propose import Planner, Proposal, askable, fits, frontier, nearest, propose, reachable, start
-from edgebuild.realise import Base, lifted_digest, prepare, train, training_batches
+from edgebuild.realise import trained, training_batches
 from edgebuild.space import Limit
 from edgebuild.spec import (
     Cast,
@@ -38,6 +39,7 @@ from edgebuild.spec import (
     Target,
 )
 from edgebuild.transforms import distil
+from edgebuild.units import Bytes
 
 BUNDLED_VECTORS = 8
 
@@ -105,6 +107,7 @@ def build(request: Request, tell: Tell) -> Report:
     """
     clock = Clock(tell)
     bundle.check_writable(request.output)
+    upkeep.bound()
     given = catalog.load_plan(request.plan) if request.plan else None
     loaded, profile, targets, base, findings = _prepared(request, clock)
     if given and given.base == "model":
@@ -118,6 +121,9 @@ def build(request: Request, tell: Tell) -> Report:
     if made.artifact:
         clock.tell(f"writing {request.output}")
         bundle.write(request.output, _files(made, found, loaded))
+    entries, size = upkeep.trim()
+    if entries:
+        clock.tell(f"removed {entries} entries, {Bytes(size)}, from the cache: it may hold {upkeep.bound()}")
     return made
 
 
@@ -139,6 +145,8 @@ def _prepared(request: Request, clock: Clock) -> tuple[Loaded, Profile, tuple[Ta
         model = lift(loaded.task.model, loaded.task.example_inputs)
         profile, findings = _usable(profile, loaded, model)
         base = prepare("model", model, loaded, profile, inputs_digest(loaded), fresh=request.rebuild)
+        if base.reused:
+            clock.reuse("the analysis of the model")
     with clock.stage("calibrate", "finding what layers cost (once)"):
         costs.warm_up(targets, profile.threads, base.facts)
     return loaded, profile, targets, base, findings
@@ -204,10 +212,13 @@ def _bases(
         assert loaded.task.student is not None
         lifted = lift(loaded.task.student, inputs)
         with clock.stage("distil", "distilling the student"):
-            settings, keep = profile.distillation, cache.key(lifted_digest(lifted), model.digest, repr(profile))
-            trained, how = train(lifted, original.model, loaded, settings, profile.seed, clock.training, keep)
+            settings, seed = profile.distillation, profile.seed
+            keep = cache.key(lifted_digest(lifted), model.digest, repr((settings, seed, sorted(versions().items()))))
+            taught, how, _ = trained(
+                lifted, original.model, loaded, settings, seed, clock.training, keep, (), request.rebuild
+            )
         with clock.stage("analyse", "analysing the student"):
-            base = prepare("student", lift(trained, inputs), loaded, profile, digest, fresh=request.rebuild)
+            base = prepare("student", lift(taught, inputs), loaded, profile, digest, fresh=request.rebuild)
         why = "student: no plan for the model itself met the budgets"
         return replace(base, training=f"student distilled: {how}", why=(why,))
 
@@ -244,7 +255,7 @@ def _report(
     outcome: Any = "infeasible" if found.infeasible or best is None else best.outcome
     built = best is not None and outcome != "infeasible"
     shown = best if built else None
-    findings = (*findings, *found.findings, *(shown.findings if shown else ()), *_unkept())
+    findings = (*findings, *found.findings, *(shown.findings if shown else ()), *_kept(clock))
     return Report(
         outcome=outcome,
         summary=_summary(outcome, profile, found),
@@ -277,8 +288,12 @@ def _report(
     )
 
 
-def _unkept() -> tuple[Finding, ...]:
-    return (Finding("skipped", "cache", f"{why}: not all is kept for later builds"),) if (why := cache.unkept()) else ()
+def _kept(clock: Clock) -> Iterator[Finding]:
+    if clock.reused:
+        what = "; ".join(dict.fromkeys(clock.reused))
+        yield Finding("note", "cache", f"reused from earlier builds: {what}. `--rebuild` makes it anew")
+    if why := cache.unkept():
+        yield Finding("skipped", "cache", f"{why}: not all is kept for later builds")
 
 
 def _summary(outcome: str, profile: Profile, found: Found) -> str:

@@ -6,9 +6,9 @@ from functools import cached_property
 from math import inf
 
 from edgebuild import costs, program, space
+from edgebuild.base import Base
 from edgebuild.costs import Factors
 from edgebuild.plan import Choice, choice_of, to_plan
-from edgebuild.realise import Base
 from edgebuild.report.figures import figure
 from edgebuild.space import Limit, Space
 from edgebuild.spec import (

@@ -1,34 +1,23 @@
 """Carries out a plan: prune, factorize, distil, quantize, lower. What it makes is kept in the cache, by content."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from edgebuild import built, cache, trials
-from edgebuild.analyse import analyse, check_prunable
+from edgebuild import built, cache
 from edgebuild.backends import BACKENDS
+from edgebuild.base import SENSITIVITY_SAMPLES, Base, lifted_digest, spread
 from edgebuild.built import Built
 from edgebuild.clock import Progress
 from edgebuild.divergence import distance
 from edgebuild.environment import versions
 from edgebuild.lift import lift, stacked
 from edgebuild.load import Loaded
-from edgebuild.sensitivity import Sensitivity, measure, moments
-from edgebuild.spec import (
-    SCHEMES,
-    Candidate,
-    Distillation,
-    ModelFacts,
-    Plan,
-    Profile,
-    Scheme,
-    Technique,
-    Trial,
-)
+from edgebuild.spec import Distillation, Plan, Profile, Technique
 from edgebuild.task import Module
 from edgebuild.training.objective import Hint
 from edgebuild.training.optimizer import ADAMW_RATE
@@ -36,91 +25,8 @@ from edgebuild.training.run import Lesson, Training
 from edgebuild.transforms import distil, factorize, norms, prune, quantize
 from edgebuild.verify import eager
 
-SENSITIVITY_SAMPLES = 32
 HELD_OUT = 128  # samples by which a training's weights are chosen
-MOSTLY_LINEAR = 0.6  # of the MACs: from there on int8 ranged at run time and 4-bit groups are worth a trial
 QAT_RATE = 0.3  # of the usual learning rate: the weights are to move by steps of their rounding
-TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at the least, on every shipped core
-
-
-@dataclass(frozen=True)
-class Base:
-    """A model to compress, analysed: the task's own, the same without some blocks, or its student once distilled.
-
-    The candidates' losses are calibrated by `trials`, for int8 in the `scheme` that loses less. `digest` covers the
-    weights and all inputs that a realised plan depends on; `fresh` takes nothing from the cache but what was `made` in
-    this build. `dropped`: the blocks that it is without, and `lost`, the nats from the task's model to this one; `why`
-    it is tried.
-    """
-
-    name: str  # as in a plan: model, shortened or student
-    model: fx.GraphModule
-    facts: ModelFacts
-    sensitivity: Sensitivity
-    candidates: tuple[Candidate, ...]
-    digest: str
-    fresh: bool = False
-    made: set[str] = field(default_factory=set, compare=False)
-    training: str = ""
-    trials: tuple[Trial, ...] = ()
-    scheme: Scheme = "static"
-    dropped: tuple[str, ...] = ()
-    lost: float = 0.0
-    why: tuple[str, ...] = ()
-
-
-def spread(samples: tuple[tuple[Tensor, ...], ...], most: int = SENSITIVITY_SAMPLES) -> tuple[tuple[Tensor, ...], ...]:
-    """Some samples from all over the calibration data: as many as losses are measured on, if not said otherwise."""
-    return samples[:: max(1, len(samples) // most)][:most]
-
-
-def lifted_digest(model: fx.GraphModule) -> str:
-    """SHA-256 of a model's graph and weights."""
-    tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in model.state_dict().items()]
-    data = [t.detach().contiguous().numpy().tobytes() for t in model.state_dict().values()]
-    return cache.key(str(model.graph), *tensors, *data)
-
-
-def prepare(
-    name: str, model: fx.GraphModule, loaded: Loaded, profile: Profile, inputs_digest: str, fresh: bool
-) -> Base:
-    """Analyse a lifted model and say what could be done to it."""
-    inputs = loaded.task.example_inputs
-    facts = analyse(model, inputs)
-    techniques = profile.techniques
-    facts = check_prunable(model, inputs, facts) if "prune" in techniques else facts
-    samples = spread(loaded.samples)
-    logits = loaded.task.outputs == "logits"
-    candidates: tuple[Candidate, ...] = ()
-    found = Sensitivity({}, {}, {}, {})
-    if {"prune", "factorize", "quantize"} & set(techniques):
-        seen = moments(model, facts, loaded.samples)
-        probes = factorize.probes(model, facts, seen, TILE) if "factorize" in techniques else {}
-        found = measure(model, facts, samples, probes, seen, logits, profile.seed)
-    if "prune" in techniques:
-        found = prune.ranked(model, facts, found, samples, logits)
-        candidates += prune.candidates(model, facts, found, samples, TILE, logits)
-    if "factorize" in techniques:
-        candidates += factorize.candidates(facts, found, TILE)
-    if "quantize" in techniques:
-        candidates += quantize.candidates(facts, found)
-    quantizer = BACKENDS[profile.artifact].quantizer
-
-    def quantized(scheme: Scheme) -> Callable[[Sequence[tuple[Tensor, ...]]], nn.Module]:
-        return lambda few: quantize.apply(model, inputs, few, quantizer((), scheme), logits).model
-
-    schemes = SCHEMES if profile.artifact == "pte" and _linear_share(facts) > MOSTLY_LINEAR else SCHEMES[:1]
-    ways = {scheme: quantized(scheme) for scheme in schemes}
-    tried = trials.run(model, facts, found, candidates, samples, ways, logits, profile.seed)
-    scheme = trials.scheme_of(tried)
-    candidates = trials.rescaled(candidates, trials.of_scheme(tried, scheme))
-    digest = cache.key(lifted_digest(model), inputs_digest)
-    return Base(name, model, facts, found, candidates, digest, fresh, trials=tried, scheme=scheme)
-
-
-def _linear_share(facts: ModelFacts) -> float:
-    """The linear layers' share of the multiply-accumulates."""
-    return sum(layer.macs for layer in facts.layers if layer.op == "linear") / max(1, facts.macs)
 
 
 def realise(
@@ -176,16 +82,12 @@ def _distilled(
     """The model trained, how that went, and its steps. Plans that only round it otherwise take it from the cache."""
     unrounded = replace(plan, precision="fp32", keep_fp32=(), scheme="static", qat_steps=0)
     name = cache.key("trained", base.digest, _settings(unrounded, profile))
-    with cache.locked("trained", name):
-        kept = built.read_trained(name, model) if not base.fresh or name in base.made else None
-        if kept is not None:
-            return kept
-        settings = replace(profile.distillation, steps=plan.distil_steps)
-        hints = _hints(base, plan) if base.name != "student" and settings.hint_weight else ()
-        trained, how = train(model, teacher, loaded, settings, profile.seed, progress, name, hints)
-        built.write_trained(name, trained, how)
-        base.made.add(name)
-        return trained, str(how), how.steps
+    settings = replace(profile.distillation, steps=plan.distil_steps)
+    hints = _hints(base, plan) if base.name != "student" and settings.hint_weight else ()
+    fresh = base.fresh and name not in base.made
+    kept = trained(model, teacher, loaded, settings, profile.seed, progress, name, hints, fresh)
+    base.made.add(name)
+    return kept
 
 
 def _quantized(
@@ -290,6 +192,27 @@ def train(
     return cast(Module, trained), how
 
 
+def trained(
+    model: fx.GraphModule,
+    teacher: fx.GraphModule,
+    loaded: Loaded,
+    settings: Distillation,
+    seed: int,
+    progress: Progress,
+    keep: str,
+    hints: tuple[Hint, ...],
+    fresh: bool,
+) -> tuple[fx.GraphModule, str, int]:
+    """As `train`, or what it made before, if not `fresh`; how that went in words, and its steps."""
+    with cache.locked("trained", keep):
+        kept = None if fresh else built.read_trained(keep, model)
+        if kept is None:
+            made, how = train(model, teacher, loaded, settings, seed, progress, keep, hints)
+            built.write_trained(keep, made, how)
+            kept = made, str(how), how.steps
+        return kept
+
+
 def training_batches(loaded: Loaded) -> Callable[[], Any]:
     """What gives the batches to train on."""
     return loaded.task.train or (lambda: calibration_batches(loaded))
@@ -301,11 +224,11 @@ def calibration_batches(loaded: Loaded, size: int = 32) -> list[tuple[Tensor, ..
 
 
 def _settings(plan: Plan, profile: Profile) -> str:
+    training = {"distillation": asdict(profile.distillation), "seed": profile.seed}
     settings = {
         "plan": asdict(plan.choices),
         "artifact": profile.artifact,
-        "distillation": asdict(profile.distillation),
-        "seed": profile.seed,
+        "training": training if plan.distil or plan.qat_steps else None,
         "versions": versions(),
     }
     return json.dumps(settings, sort_keys=True, default=str)

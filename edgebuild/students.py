@@ -7,10 +7,10 @@ from math import inf
 from torch import fx
 
 from edgebuild.analyse import analyse
+from edgebuild.base import Base, prepare, spread
 from edgebuild.divergence import batches, distance
 from edgebuild.load import Loaded
 from edgebuild.propose import Planner, propose
-from edgebuild.realise import Base, prepare, spread
 from edgebuild.spec import Candidate, Profile, Width
 from edgebuild.transforms import shorten
 from edgebuild.transforms.shorten import Shortened

@@ -29,6 +29,7 @@ from compression import cifar  # noqa: E402
 
 from edgebuild import realise, trials  # noqa: E402
 from edgebuild.backends import xnnpack  # noqa: E402
+from edgebuild.base import Base, prepare  # noqa: E402
 from edgebuild.divergence import distance  # noqa: E402
 from edgebuild.errors import SpecError  # noqa: E402
 from edgebuild.lift import lift  # noqa: E402
@@ -60,7 +61,7 @@ def main() -> None:
     profile = Profile("bench", "bench", "host", "pte", (), seed=options.seed)
     model = lift(loaded.task.model, loaded.task.example_inputs)
     began = time.process_time()
-    base = realise.prepare(loaded.name, model, loaded, profile, "", True)
+    base = prepare(loaded.name, model, loaded, profile, "", True)
     seconds = time.process_time() - began
     scales = trials.scales(base.trials)
     rng = np.random.default_rng(options.seed)
@@ -131,7 +132,7 @@ def read(archive: zipfile.ZipFile, part: str, count: int) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(x, dtype=np.float32)).permute(2, 0, 1) for x in images])
 
 
-def _sound(base: realise.Base, plan: Plan) -> bool:
+def _sound(base: Base, plan: Plan) -> bool:
     """Whether every form still fits its layer at the plan's widths."""
     try:
         checked(base.facts, plan)
@@ -140,7 +141,7 @@ def _sound(base: realise.Base, plan: Plan) -> bool:
     return True
 
 
-def draw(base: realise.Base, mix: Sequence[Technique], rng: np.random.Generator) -> tuple[Candidate, ...]:
+def draw(base: Base, mix: Sequence[Technique], rng: np.random.Generator) -> tuple[Candidate, ...]:
     """A random plan: how much of the model changes and how far it may go are drawn first, so that severities spread."""
     places: dict[tuple[Technique, str], list[Candidate]] = {}
     for candidate in base.candidates:
@@ -169,7 +170,7 @@ def plan_of(chosen: Sequence[Candidate]) -> Plan:
     )
 
 
-def build(base: realise.Base, plan: Sequence[Candidate], loaded: Loaded, held_out: Tensor) -> float:
+def build(base: Base, plan: Sequence[Candidate], loaded: Loaded, held_out: Tensor) -> float:
     """The KL divergence (nats) of the plan's model from the original."""
     inputs, forms = loaded.task.example_inputs, plan_of(plan).forms
     model = base.model

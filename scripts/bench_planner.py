@@ -30,13 +30,13 @@ from torch import Tensor
 
 from edgebuild import catalog, costs, pipeline
 from edgebuild.attempt import Attempt, Original, carry_out, take_original
+from edgebuild.base import Base, prepare
 from edgebuild.clock import Clock
 from edgebuild.lift import lift
 from edgebuild.load import Loaded, load
 from edgebuild.loop import corrected, first_factors
 from edgebuild.plan import Choice, to_plan
 from edgebuild.propose import Planner, Proposal, proposal, propose, start
-from edgebuild.realise import Base, prepare
 from edgebuild.space import Limit, Space
 from edgebuild.spec import Budget, Distillation, Profile
 from edgebuild.task import Task

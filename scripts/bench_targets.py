@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from edgebuild import catalog, costs, pipeline
+from edgebuild.base import Base, prepare
 from edgebuild.devices import DEVICES, layer_model
 from edgebuild.lift import lift
 from edgebuild.load import load
 from edgebuild.plan import Choice
 from edgebuild.propose import Planner, propose
-from edgebuild.realise import Base, prepare
 from edgebuild.spec import Budget, Profile, Target
 
 ROOT = Path(__file__).parent.parent

@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "spec": {"errors", "units"},
     "catalog": BASE,
     "cache": BASE,
+    "upkeep": BASE | {"cache"},
     "inputs": {"cache"},
     "clock": {"errors", "units"},
     "environment": set(),
@@ -45,16 +46,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "costs": BASE | {"cache", "plan", "space", "devices", "footprint"},
     "verify": MODEL | {"load", "devices", "backends"},
     "built": BASE | {"cache", "training", "devices"},
+    "analysis": BASE | {"cache", "sensitivity", "built"},
+    "base": MODEL
+    | {"analysis", "environment", "load", "cache", "analyse", "sensitivity", "transforms", "trials", "backends"},
     "realise": MODEL
-    | {"built", "divergence"}
-    | {"environment", "clock", "training", "load", "cache", "analyse", "sensitivity", "transforms", "trials"}
-    | {"backends", "devices", "verify"},
+    | {"base", "built", "divergence"}
+    | {"environment", "clock", "training", "load", "cache", "transforms", "backends", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
     "bundle": BASE | {"report"},
-    "propose": BASE | {"plan", "space", "program", "costs", "realise", "report"},
+    "propose": BASE | {"plan", "space", "program", "costs", "base", "report"},
 }
-MAY_IMPORT["students"] = MAY_IMPORT["realise"] | {"realise", "propose"}
+MAY_IMPORT["students"] = MODEL | {"load", "analyse", "divergence", "transforms", "base", "propose"}
 STAGES = set(MAY_IMPORT)
 MAY_IMPORT["attempt"] = STAGES
 MAY_IMPORT["loop"] = STAGES | {"attempt"}
@@ -72,6 +75,7 @@ LIGHT = {
     "catalog",
     "calibrate",
     "cache",
+    "upkeep",
     "clock",
     "inputs",
     "doctor",

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from edgebuild.analyse import analyse
+from edgebuild.base import Base, lifted_digest
 from edgebuild.clock import Clock
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
-from edgebuild.realise import Base, compress, lifted_digest, realise
+from edgebuild.realise import compress, realise
 from edgebuild.sensitivity import Sensitivity
 from edgebuild.spec import Budget, Form, Plan, Profile
 from edgebuild.task import Task
