@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import stat
 import subprocess
@@ -519,6 +520,19 @@ def test_an_envelope_of_openssl_s_without_a_key_id_is_verified(signed, tmp_path,
     whole = {"payload": base64.urlsafe_b64encode(body).decode(), "payloadType": TYPE, "signatures": [signature]}
     (signed / ENVELOPE).write_text(json.dumps(whole))
     assert signing.verify(signed, [public]).files == FILES
+
+
+@pytest.mark.skipif(shutil.which("jq") is None or shutil.which("openssl") is None, reason="needs jq and openssl")
+def test_the_documented_way_without_edgebuild(signed, keys):
+    text = (Path(__file__).parent.parent / "docs" / "signing.md").read_text(encoding="utf-8")
+    (script,) = (block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "sha256sum" in block)
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    where = {**os.environ, "KEY": str(keys / "a.pub"), "TMPDIR": str(signed.parent)}
+    done = subprocess.run(command, cwd=signed, env=where, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Signature Verified Successfully" in done.stdout and "manifest.json: OK" in done.stdout
+    where["KEY"] = str(keys / "b.pub")
+    assert subprocess.run(command, cwd=signed, env=where, capture_output=True, check=False).returncode
 
 
 def test_in_toto_s_own_library_verifies(signed, keys):
