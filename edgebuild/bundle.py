@@ -1,6 +1,7 @@
 """The hand-off folder: written as a whole or not at all, and read back without trusting it.
 
 `manifest.json` lists the SHA-256 and the size of every other file. It finds damage and stray files; it is no signature.
+The one file that it does not list is a signature's envelope, which covers the manifest itself: see `edgebuild.signing`.
 """
 
 import hashlib
@@ -22,8 +23,11 @@ from safetensors.numpy import load, save
 from edgebuild.errors import SpecError, UsageError
 
 MANIFEST = "manifest.json"
+PROVENANCE = "provenance.intoto.json"
+UNLISTED = (MANIFEST, PROVENANCE)
 SCHEMA_VERSION = 1
 MANIFEST_LIMIT = 1 << 20  # bytes; some 8,000 files
+PROVENANCE_LIMIT = 4 << 20  # bytes; names and hashes of as many, in base64
 BUNDLE_LIMIT = 4 << 30  # bytes; a bundle is read into memory
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -90,6 +94,19 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
             raise
 
 
+def attach(folder: Path, envelope: bytes) -> None:
+    """Put a signature's envelope beside the manifest, at once, in the place of one that is there. Raises UsageError."""
+    with _usage_errors(folder):
+        folder = folder.resolve()
+        new = _sibling(folder.parent)
+        try:
+            _write(new, envelope)
+            new.replace(folder / PROVENANCE)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+
+
 def _manifest(files: Mapping[str, bytes]) -> bytes:
     entries = {name: _Entry(hashlib.sha256(files[name]).hexdigest(), len(files[name])) for name in sorted(files)}
     data = msgspec.json.format(msgspec.json.encode(_Manifest("edgebuild-bundle", SCHEMA_VERSION, entries))) + b"\n"
@@ -134,7 +151,7 @@ def _replaceable(folder: Path) -> list[str] | None:
     if not any(folder.iterdir()):
         return None  # a rename replaces an empty folder
     try:
-        ours = {*_read_manifest(folder).files, MANIFEST}
+        ours = {*_read_manifest(folder).files, *UNLISTED}
     except SpecError:
         raise UsageError(f"{folder} is not empty and no bundle of edgebuild's", _ELSEWHERE) from None
     strays = sorted(_walk(folder, ours))
@@ -195,22 +212,40 @@ def read(folder: Path) -> dict[str, bytes]:
     device, a name that leads out of the folder, a bundle that is too large, a manifest that is not ours.
     """
     try:
-        if not folder.is_dir():
-            raise UsageError(f"no bundle at {folder}")
+        unlisted(folder)
         manifest = _read_manifest(folder)
         if sum(entry.size for entry in manifest.files.values()) > BUNDLE_LIMIT:
             raise SpecError(f"{folder}: {MANIFEST} lists more than {BUNDLE_LIMIT:,} bytes")
-        for stray in _walk(folder, {*manifest.files, MANIFEST}):
+        for stray in _walk(folder, {*manifest.files, *UNLISTED}):
             raise SpecError(f"{folder}: {stray} is not listed in {MANIFEST}, or is no plain file")
         return {name: _verified(folder, name, entry) for name, entry in manifest.files.items()}
     except OSError as error:
         raise SpecError(f"{folder}: cannot be read: {error}") from None
 
 
+def unlisted(folder: Path) -> dict[str, bytes]:
+    """The files that the manifest cannot list, unverified: itself, and the envelope where there is one.
+
+    Raises UsageError where there is no such folder; SpecError where one is too large or no plain file, or the manifest
+    is missing.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"no bundle at {folder}")
+    found = {MANIFEST: _bounded(folder, MANIFEST, MANIFEST_LIMIT)}
+    if os.path.lexists(folder / PROVENANCE):
+        found[PROVENANCE] = _bounded(folder, PROVENANCE, PROVENANCE_LIMIT)
+    return found
+
+
+def _bounded(folder: Path, name: str, limit: int) -> bytes:
+    data = _read(folder, name, limit)
+    if len(data) > limit:
+        raise SpecError(f"{folder}: {name} is larger than {limit:,} bytes")
+    return data
+
+
 def _read_manifest(folder: Path) -> _Manifest:
-    data = _read(folder, MANIFEST, MANIFEST_LIMIT)
-    if len(data) > MANIFEST_LIMIT:
-        raise SpecError(f"{folder}: {MANIFEST} is larger than {MANIFEST_LIMIT:,} bytes")
+    data = _bounded(folder, MANIFEST, MANIFEST_LIMIT)
     try:
         manifest = msgspec.json.decode(data, type=_Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
@@ -226,7 +261,7 @@ def _read_manifest(folder: Path) -> _Manifest:
 
 
 def _allowed(name: str) -> bool:
-    return bool(_NAME.fullmatch(name)) and name.split("/")[0] != MANIFEST
+    return bool(_NAME.fullmatch(name)) and name.split("/")[0] not in UNLISTED
 
 
 def _walk(folder: Path, listed: set[str]) -> Iterator[str]:
@@ -261,12 +296,12 @@ def _read(folder: Path, name: str, limit: int) -> bytes:
     """At most `limit` + 1 bytes of a plain file: never a link's target, never a pipe."""
     try:
         handle = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise SpecError(f"{folder}: {name} is no plain file")
+            return file.read(min(limit, os.fstat(handle).st_size) + 1)
     except OSError as error:
         raise SpecError(f"{folder}: {name} is missing or no plain file: {error.strerror}") from None
-    with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise SpecError(f"{folder}: {name} is no plain file")
-        return file.read(min(limit, os.fstat(handle).st_size) + 1)
 
 
 # -------------------------------------------------------------------------------------------------- test vectors

@@ -19,9 +19,11 @@ app = typer.Typer(
 targets_app = typer.Typer(help="The hardware that budgets are checked on.", no_args_is_help=True)
 profiles_app = typer.Typer(help="Targets with budgets.", no_args_is_help=True)
 cache_app = typer.Typer(help="What earlier builds made, kept for later ones.", no_args_is_help=True)
+keys_app = typer.Typer(help="Keys to sign bundles with.", no_args_is_help=True)
 app.add_typer(targets_app, name="targets")
 app.add_typer(profiles_app, name="profiles")
 app.add_typer(cache_app, name="cache")
+app.add_typer(keys_app, name="keys")
 
 EXIT = {"met": 0, "broken": BudgetBroken.exit_code, "infeasible": Infeasible.exit_code}
 INTERRUPTED = 130
@@ -32,6 +34,7 @@ TaskArgument = Annotated[
 ]
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A shipped profile's name, or a path to a TOML.")]
 WeightsOption = Annotated[str | None, typer.Option(help="Weights of a torchvision model: safetensors or a state dict.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 CalibrationOption = Annotated[
     str | None,
     typer.Option(help="Calibration inputs for torchvision models and .pt2 files: .npz or a folder of images."),
@@ -446,3 +449,67 @@ def _show(kind: str, name: str) -> None:
 
     {"targets": catalog.load_target, "profiles": catalog.load_profile}[kind](name)  # refuse what cannot be used
     print(catalog.find(kind, name).read_text(encoding="utf-8"), end="")
+
+
+@keys_app.command("generate")
+def keys_generate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The private key's file; .pub is its public half.")],
+    encrypt: Annotated[
+        bool, typer.Option("--encrypt", help="Ask for a passphrase, or take EDGEBUILD_SIGNING_PASSPHRASE.")
+    ] = False,
+) -> None:
+    """Write a new Ed25519 key pair; a file that is there is never replaced."""
+    from edgebuild import signing
+
+    public, keyid = signing.generate(output, _passphrase(confirm=True) if encrypt else None)
+    print(f"{output} is written{', encrypted' if encrypt else ''}: keep it secret")
+    print(f"{public} is written: hand it to whoever checks bundles (key {keyid[:16]})")
+
+
+@app.command()
+def sign(
+    bundle: BundleArgument,
+    key: Annotated[
+        list[str] | None, typer.Option(help="The private key's file; several sign together. [$EDGEBUILD_SIGNING_KEY]")
+    ] = None,
+    builder: Annotated[
+        str | None, typer.Option(help="A URI for what built it, such as that of the CI workflow.")
+    ] = None,
+) -> None:
+    """Sign a bundle: every file's hash and how it was built, as in-toto / SLSA provenance beside its manifest.
+
+    Exit codes: 0 signed, 2 bad usage or input, 4 the library for signatures is missing.
+    """
+    from edgebuild import signing
+    from edgebuild.errors import UsageError
+
+    given = os.environ.get("EDGEBUILD_SIGNING_KEY")  # not typer's: it would split a PEM at its spaces
+    signers = [signing.signer(one, _passphrase) for one in key or ([given] if given else [])]
+    if not signers:
+        raise UsageError("no key to sign with", "give its file with --key, or set EDGEBUILD_SIGNING_KEY")
+    signing.sign(bundle, signers, builder or signing.BUILDER)
+    print(f"{bundle} is signed by {', '.join(f'key {one.public_key.keyid[:16]}' for one in signers)}")
+
+
+@app.command("verify-signature")
+def verify_signature(
+    bundle: BundleArgument,
+    key: Annotated[list[Path], typer.Option(help="A public key that is trusted; several where keys change.")],
+) -> None:
+    """Check that one of the keys signed a bundle, and every file as it is.
+
+    Exit codes: 0 it did, 2 it did not or bad usage, 4 the library for signatures is missing.
+    """
+    from edgebuild import signing
+
+    signed = signing.verify(bundle, key)
+    print(f"{bundle} is signed by {signed.key} (key {signed.keyid[:16]}): all {len(signed.files) + 1} files as signed")
+
+
+def _passphrase(confirm: bool = False) -> bytes:
+    from edgebuild.errors import UsageError
+
+    given = os.environ.get("EDGEBUILD_SIGNING_PASSPHRASE")
+    if not given and not sys.stdin.isatty():
+        raise UsageError("the key needs a passphrase, and nobody is there to ask", "set EDGEBUILD_SIGNING_PASSPHRASE")
+    return (given or typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True)).encode()

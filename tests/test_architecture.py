@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
     "bundle": BASE | {"report"},
+    "signing": BASE | {"environment", "report", "bundle"},
     "propose": BASE | {"plan", "space", "program", "costs", "base", "report"},
 }
 MAY_IMPORT["students"] = MODEL | {"load", "analyse", "divergence", "transforms", "base", "propose"}
@@ -87,6 +88,7 @@ LIGHT = {
     "devices",
     "report",
     "bundle",
+    "signing",
 }
 # Apart from the process that an artifact runs in, a program of its own, and what `host_rates` and `arm_rates` import
 # when they have to write the program of the layers that are timed.
