@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
     "bundle": BASE | {"report"},
+    "integration": set(),
     "propose": BASE | {"plan", "space", "program", "costs", "realise", "report"},
 }
 MAY_IMPORT["students"] = MAY_IMPORT["realise"] | {"realise", "propose"}
@@ -83,6 +84,7 @@ LIGHT = {
     "devices",
     "report",
     "bundle",
+    "integration",
 }
 # Apart from the process that an artifact runs in, a program of its own, and what `host_rates` and `arm_rates` import
 # when they have to write the program of the layers that are timed.
