@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import fx
 
-from edgebuild import bundle, cache, catalog, costs, report, students, upkeep, verify
-from edgebuild.attempt import Original, take_original
+from edgebuild import bundle, cache, catalog, costs, integration, report, students, upkeep, verify
+from edgebuild.attempt import Attempt, Original, take_original
+from edgebuild.backends import xnnpack
 from edgebuild.base import Base, lifted_digest, prepare
 from edgebuild.clock import Clock, Tell
-from edgebuild.devices import DEVICES
+from edgebuild.devices import DEVICES, Arrays
 from edgebuild.environment import machine, versions
+from edgebuild.integration import TensorInfo
 from edgebuild.lift import batch_is_free, lift
 from edgebuild.load import Loaded, load
 from edgebuild.loop import Found, Make, improve
@@ -378,4 +381,33 @@ def _files(made: Report, found: Found, loaded: Loaded) -> dict[str, bytes]:
         "report.json": text.encode(),
         "report.md": report.markdown(report.from_json(text)).encode(),
         "vectors.safetensors": bundle.vectors(inputs, expected),
+        **integration.files(_model(made, found.best, inputs, expected)),
     }
+
+
+def _model(made: Report, best: Attempt, inputs: Sequence[Arrays], expected: Sequence[Arrays]) -> integration.Model:
+    """What the integration code is made for.
+
+    Outputs may differ from eager PyTorch's by twice the most that was seen, and by rounding: 1e-6 of the largest value.
+    """
+    artifact = best.built.artifact
+    seen = max((row.max_abs for row in best.parity if row.reference != "the original model"), default=0.0)
+    atol = max(2 * seen, 1e-6 * max(float(np.abs(y).max(initial=0)) for sample in expected for y in sample))
+
+    def tensors(kind: str, arrays: Arrays, orders: list[tuple[int, ...]], atol: float) -> tuple[TensorInfo, ...]:
+        return tuple(
+            TensorInfo(f"{kind}_{i}", array.shape, str(array.dtype), order, atol=atol)
+            for i, (array, order) in enumerate(zip(arrays, orders, strict=True))
+        )
+
+    plain: tuple[list[tuple[int, ...]], ...] = ([()] * len(inputs[0]), [()] * len(expected[0]))
+    takes, gives = xnnpack.memory_orders(artifact.data) if artifact.kind == "pte" else plain
+    return integration.Model(
+        task=made.task,
+        kind=artifact.kind,
+        artifact=made.artifact,
+        runtime=versions()["executorch" if artifact.kind == "pte" else "torch"].partition("+")[0],
+        inputs=tensors("input", inputs[0], takes, 0.0),
+        outputs=tensors("output", expected[0], gives, atol),
+        samples=len(expected),
+    )

@@ -7,7 +7,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 python=${PYTHON:-python3}
 declare -A package=(
-    [qemu-aarch64]=qemu-user [aarch64-linux-gnu-g++]=g++-aarch64-linux-gnu [cc]=gcc [ssh]=openssh-client
+    [qemu-aarch64]=qemu-user [aarch64-linux-gnu-g++]=g++-aarch64-linux-gnu [cc]=gcc [g++]=g++
+    [ssh]=openssh-client
 )
 # For the tests alone, and only where installing it does not start a service.
 [[ -d /run/systemd/system ]] || package[sshd]=openssh-server

@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": BASE,
     "bundle": BASE | {"report"},
     "signing": BASE | {"environment", "report", "bundle"},
+    "integration": set(),
     "propose": BASE | {"plan", "space", "program", "costs", "base", "report"},
 }
 MAY_IMPORT["students"] = MODEL | {"load", "analyse", "divergence", "transforms", "base", "propose"}
@@ -89,6 +90,7 @@ LIGHT = {
     "report",
     "bundle",
     "signing",
+    "integration",
 }
 # Apart from the process that an artifact runs in, a program of its own, and what `host_rates` and `arm_rates` import
 # when they have to write the program of the layers that are timed.

@@ -5,7 +5,7 @@ import gc
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -83,6 +83,20 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
     return Artifact(
         "pte", lowered.buffer, NAME, delegated, len(outside), tuple(outside), sum(method.non_const_buffer_sizes)
     )
+
+
+def memory_orders(data: bytes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Of each input and output of a program of our own, the dimensions as they lie in memory, outermost first."""
+    from executorch.exir import schema
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    plan = deserialize_pte_binary(data).program.execution_plan[0]
+
+    def orders(values: Iterable[int]) -> list[tuple[int, ...]]:
+        found = [plan.values[i].val for i in values]
+        return [tuple(value.dim_order) for value in found if isinstance(value, schema.Tensor)]
+
+    return orders(plan.inputs), orders(plan.outputs)
 
 
 def _refuse_known_wrong(program: ExportedProgram) -> None:
