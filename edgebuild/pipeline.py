@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import fx
 
-from edgebuild import bundle, cache, catalog, costs, report, students, verify
+from edgebuild import bundle, cache, catalog, costs, report, settings, students, verify
 from edgebuild.attempt import Original, take_original
 from edgebuild.clock import Clock, Tell
 from edgebuild.devices import DEVICES
@@ -105,6 +105,7 @@ def build(request: Request, tell: Tell) -> Report:
     """
     clock = Clock(tell)
     bundle.check_writable(request.output)
+    packed = settings.pack(request.profile)
     given = catalog.load_plan(request.plan) if request.plan else None
     loaded, profile, targets, base, findings = _prepared(request, clock)
     if given and given.base == "model":
@@ -117,7 +118,7 @@ def build(request: Request, tell: Tell) -> Report:
     made = _report(request, loaded, base, original, found, curve, findings, clock)
     if made.artifact:
         clock.tell(f"writing {request.output}")
-        bundle.write(request.output, _files(made, found, loaded))
+        bundle.write(request.output, _files(made, found, loaded) | packed)
     return made
 
 

@@ -43,15 +43,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "program": BASE | {"plan", "space"},
     "footprint": BASE,
     "costs": BASE | {"cache", "plan", "space", "devices", "footprint"},
-    "verify": MODEL | {"load", "devices", "backends"},
+    "judge": BASE | {"devices"},
+    "verify": MODEL | {"load", "judge", "devices", "backends"},
     "built": BASE | {"cache", "training", "devices"},
     "realise": MODEL
     | {"built", "divergence"}
     | {"environment", "clock", "training", "load", "cache", "analyse", "sensitivity", "transforms", "trials"}
-    | {"backends", "devices", "verify"},
+    | {"backends", "devices", "judge", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
     "bundle": BASE | {"report"},
+    "settings": BASE | {"catalog"},
+    "checking": BASE | {"bundle", "clock", "devices", "environment", "judge", "report", "settings"},
+    "diff": BASE | {"bundle", "report", "settings"},
+    "github": BASE,
     "propose": BASE | {"plan", "space", "program", "costs", "realise", "report"},
 }
 MAY_IMPORT["students"] = MAY_IMPORT["realise"] | {"realise", "propose"}
@@ -61,6 +66,7 @@ MAY_IMPORT["loop"] = STAGES | {"attempt"}
 MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop"}
 MAY_IMPORT["preview"] = STAGES | {"pipeline"}
 MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "pipeline", "preview"}
+MAY_IMPORT["pytest_plugin"] = {"errors", "bundle", "settings", "checking", "report"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 FRAMEWORKS = {"torch", "accelerate", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}
@@ -81,8 +87,14 @@ LIGHT = {
     "costs",
     "footprint",
     "devices",
+    "judge",
     "report",
     "bundle",
+    "settings",
+    "checking",
+    "diff",
+    "github",
+    "pytest_plugin",
 }
 # Apart from the process that an artifact runs in, a program of its own, and what `host_rates` and `arm_rates` import
 # when they have to write the program of the layers that are timed.
