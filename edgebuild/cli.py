@@ -353,6 +353,48 @@ def check(
     raise typer.Exit(code)
 
 
+@app.command()
+def diff(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="The bundle that was.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The bundle that is.")],
+    max_regression: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How much worse a figure may be: latency=5%, size=1KiB, accuracy_drop=0.2points; repeatable."
+        ),
+    ] = None,
+    json: JsonOption = None,
+    markdown: MarkdownOption = None,
+) -> None:
+    """Say what changed between two bundles, and whether a figure became worse than allowed.
+
+    Exit codes: 0 no regression beyond what is allowed, 1 there is one or it could not be looked at, 2 bad usage or a
+    damaged bundle. Nothing is measured: the figures are those of the two builds.
+    """
+    from rich.console import Console
+
+    from edgebuild import bundle, github, report, settings
+    from edgebuild.diff import diff as compare
+    from edgebuild.diff import parse
+    from edgebuild.report import gate
+
+    allowed = [parse(written) for written in max_regression or ()]
+    before, after = bundle.read(old), bundle.read(new)
+    made = compare(before, after, settings.read(before), settings.read(after), allowed)
+    text = report.to_json(made)
+    data = _decoded(text)
+    with github.plain():
+        gate.diff_terminal(data, Console())
+    for path, written in ((json, text), (markdown, gate.diff_markdown(data))):
+        if path:
+            _write(path, written)
+    if github.active():
+        for title, message in gate.diff_problems(data):
+            print(github.command("error", f"edgebuild: {title}", message))
+        github.summarize(gate.diff_markdown(data))
+    raise typer.Exit(EXIT[made.outcome])
+
+
 def _decoded(text: str) -> Any:
     import msgspec
 
