@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from edgebuild import cache, verify
+from edgebuild import cache, judge, verify
 from edgebuild.backends import BACKENDS
 from edgebuild.base import Base, lifted_digest
 from edgebuild.built import Built
@@ -67,9 +67,7 @@ class Attempt:
 
     @property
     def outcome(self) -> str:
-        if self.failed or not all(parity.ok for parity in self.parity):
-            return "broken"
-        return "met" if all(verdict.status == "pass" for verdict in self.verdicts) else "inconclusive"
+        return judge.outcome(self.verdicts, self.parity)
 
     @property
     def rank(self) -> tuple[bool, int, float]:
@@ -142,7 +140,7 @@ def carry_out(
     layers = proposed.choice.layers()
     samples = loaded.samples[: len(built.expected)]
     logits = loaded.task.outputs == "logits"
-    least = verify.LEAST_SQNR_DB[plan.precision]
+    least = judge.LEAST_SQNR_DB[plan.precision]
     measurements: list[Measurement] = []
     parity: list[Parity] = []
     findings = [Finding("fallback", "host", f"not delegated: {operator}") for operator in built.artifact.fallen_back]
@@ -167,16 +165,17 @@ def carry_out(
                 findings.append(Finding("skipped", target.name, f"the artifact could not be run: {error}"))
                 continue
             parity.append(
-                verify.parity(outputs[target.name], built.expected, target.name, "eager, as lowered", least, logits)
+                judge.parity(outputs[target.name], built.expected, target.name, "eager, as lowered", least, logits)
             )
     if "host" in outputs:
         original_outputs = verify.eager(original.model, samples)
-        parity.append(verify.parity(outputs["host"], original_outputs, "host", "the original model", -1e9, logits))
+        parity.append(judge.parity(outputs["host"], original_outputs, "host", "the original model", -1e9, logits))
         for name in outputs:
             if name != "host":
-                parity.append(verify.parity(outputs[name], outputs["host"], name, "the host's outputs", least, logits))
+                parity.append(judge.parity(outputs[name], outputs["host"], name, "the host's outputs", least, logits))
     if any(not row.ok for row in parity):
         findings.append(_diverging(built, loaded, profile, inputs, least))
+    measurements.append(Measurement("", "min_delegated", built.artifact.share_delegated, "counted"))
     verdicts = _verdicts(planner, proposed, built, measurements, accuracy, draft)
     findings += _estimates(measurements)
     return Attempt(
@@ -193,20 +192,18 @@ def _verdicts(
     draft: bool,
 ) -> tuple[Verdict, ...]:
     found = {(m.quantity, m.target): m for m in measurements}
-    artifact = built.artifact
-    found["size", ""] = Measurement("", "size", len(artifact.data), "counted")
-    found["min_delegated", ""] = Measurement("", "min_delegated", artifact.share_delegated, "counted")
+    found["size", ""] = Measurement("", "size", len(built.artifact.data), "counted")
     verdicts = []
     for budget in planner.profile.budgets:
         if budget.kind == "accuracy_drop":
             reason = "a draft is not trained" if draft else "the task has no evaluate()"
-            verdicts.append(verify.accuracy_verdict(budget, accuracy, reason))
+            verdicts.append(judge.accuracy_verdict(budget, accuracy, reason))
             continue
         for name in [target.name for target in planner.targets] if budget.kind in PER_TARGET else [""]:
             predicted = proposed.predicted.get((budget.kind, name))
             if predicted and budget.kind == "throughput":
                 predicted = 1 / predicted
-            verdicts.append(verify.verdict(budget, name, predicted, found.get((budget.kind, name))))
+            verdicts.append(judge.verdict(budget, name, predicted, found.get((budget.kind, name))))
     return tuple(verdicts)
 
 

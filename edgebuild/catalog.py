@@ -24,6 +24,8 @@ from edgebuild.spec import (
 )
 from edgebuild.units import Bytes, Percent, Quantity, Seconds, Throughput, parse_drop
 
+MOST_THREADS = 256
+
 _PACKAGE = Path(__file__).parent
 _BUDGET_UNITS: dict[Any, type[Quantity]] = {
     "size": Bytes,
@@ -49,7 +51,7 @@ def names(kind: str) -> list[str]:
 
 def find(kind: str, name: str) -> Path:
     """The file of a shipped name, or `name` itself where it is a path. Raises UsageError with a suggestion."""
-    if name.endswith(".toml") or "/" in name:
+    if _is_path(name):
         path = Path(name)
         if not path.is_file():
             raise UsageError(f"no {kind[:-1]} file at {name}", f"shipped {kind}: {', '.join(names(kind))}")
@@ -62,10 +64,11 @@ def find(kind: str, name: str) -> Path:
 
 def load_target(name: str) -> Target:
     """Read a target by name or path. Raises UsageError where there is none, SpecError where it cannot be read."""
-    target, costs_of = _target(find("targets", name))
+    path = find("targets", name)
+    target, costs_of = _target(path)
     if not costs_of:
         return target
-    base, further = _target(find("targets", costs_of))
+    base, further = _target(find("targets", beside(path, costs_of)))
     if further or base.device == "ssh":
         raise SpecError(f"{name}: costs_of = {costs_of!r} is an ssh target too", "name a simulated target or the host")
     return replace(target, costs_of=base)
@@ -73,7 +76,7 @@ def load_target(name: str) -> Target:
 
 def _target(path: Path) -> tuple[Target, str]:
     """A target and the name of the one that its costs are of, "" where they are its own."""
-    table = _read(path)
+    table = read(path)
     costs_of = table.pop("costs_of", "")
     if not isinstance(costs_of, str):
         raise SpecError(f"{path}: costs_of is the name of a target")
@@ -88,6 +91,9 @@ def _target(path: Path) -> tuple[Target, str]:
         raise SpecError(f'{path}: [ssh] and costs_of are for device = "ssh", not for {target.device!r}')
     if target.device == "arm" and (not target.cluster or target.memory is None or target.threads is None):
         raise SpecError(f"{path}: an arm target needs [[cluster]], [memory] and [threads]")
+    for cluster in target.cluster:
+        if not 1 <= cluster.count <= MOST_THREADS:
+            raise SpecError(f"{path}: count = {cluster.count} of {cluster.name!r} is not between 1 and {MOST_THREADS}")
     if target.calibration is not None:
         _check_calibration(target, target.calibration, path)
     return target, costs_of
@@ -106,7 +112,7 @@ def load_timings(path: Path) -> Timings:
     """Read what the kit's scripts write. Raises UsageError where there is none, SpecError where it cannot be read."""
     if not path.is_file():
         raise UsageError(f"no measured file at {path}", "`edgebuild targets kit` writes a folder that measures one")
-    timings: Timings = _decode(_read(path), Timings, path)
+    timings: Timings = _decode(read(path), Timings, path)
     if not timings.measurement:
         raise SpecError(f"{path}: no [[measurement]]")
     seen = set()
@@ -138,18 +144,28 @@ def _check_remote(target: Target, costs_of: str, path: Path) -> None:
             raise SpecError(f"{path}: ssh.options: {option!r} is not an option of ssh_config(5)", 'write "Key=value"')
 
 
-def load_core(name: str, beside: Path | None = None) -> Core:
-    """Read the model of a shipped core by its name, or one at a path that is relative to the folder `beside`.
+def beside(path: Path, name: str) -> str:
+    """What the file at `path` calls `name`: a path counts from its folder, or else from the current one."""
+    return str(path.parent / name) if _is_path(name) and (path.parent / name).is_file() else name
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith(".toml") or "/" in name
+
+
+def load_core(name: str, folder: Path | None = None) -> Core:
+    """Read the model of a shipped core by its name, or one at a path that is relative to `folder`.
 
     Raises SpecError where it is not there or not complete.
     """
-    path = _core_file(name, beside or Path())
-    core: Core = _decode(_read(path), Core, path)
+    path = core_file(name, folder or Path())
+    core: Core = _decode(read(path), Core, path)
     _check_core(core, path)
     return core
 
 
-def _core_file(name: str, beside: Path) -> Path:
+def core_file(name: str, beside: Path) -> Path:
+    """The file of a shipped core, or of one at a path from the folder `beside`. Raises SpecError where it is not."""
     cores = folder("targets") / "cores"
     path = beside / name if name.endswith(".toml") else cores / f"{name}.toml"
     if not path.is_file():
@@ -174,13 +190,29 @@ def _check_core(core: Core, path: Path) -> None:
 def load_profile(name: str) -> Profile:
     """Read a profile by name or path and check it against its targets."""
     path = find("profiles", name)
-    table = _read(path)
+    table = read(path)
     budgets = _budgets(table.pop("budgets", {}), path)
     training = table.get("distillation")
     if isinstance(training, dict) and "time" in training:
         training.setdefault("steps", 0)  # as many as fit into the time
     profile: Profile = replace(_decode({**table, "budgets": []}, Profile, path), budgets=budgets)
-    for target in _targets(profile, path):
+    if not 1 <= profile.threads <= MOST_THREADS:
+        raise SpecError(f"{path}: threads = {profile.threads} is not between 1 and {MOST_THREADS}")
+    names = [beside(path, name) for name in profile.targets]
+    profile = replace(profile, target=names[0], also_on=tuple(names[1:]))
+    for _ in _targets(profile, path):
+        pass
+    return profile
+
+
+def targets_of(profile: Profile) -> tuple[Target, ...]:
+    """A profile's targets, the gating one first, each with the cluster in front that the profile runs on."""
+    return tuple(_targets(profile, Path(profile.name)))
+
+
+def _targets(profile: Profile, path: Path) -> Iterator[Target]:
+    for target in map(load_target, profile.targets):
+        target = _ordered(target, profile, path)
         if profile.artifact == "torchscript" and target.device != "host":
             raise SpecError(
                 f"{path}: a TorchScript artifact cannot be run on target {target.name!r}",
@@ -192,28 +224,22 @@ def load_profile(name: str) -> Profile:
                 f"{path}: threads = {profile.threads}, but {cores.name!r} runs models on the "
                 f"{cores.cluster[0].count} cores of its {cores.cluster[0].name!r} cluster"
             )
-    return profile
+        yield target
 
 
-def targets_of(profile: Profile) -> tuple[Target, ...]:
-    """A profile's targets, the gating one first, each with the cluster in front that the profile runs on."""
-    return tuple(_targets(profile, Path(profile.name)))
-
-
-def _targets(profile: Profile, path: Path) -> Iterator[Target]:
-    for target in map(load_target, profile.targets):
-        simulated = target.costs_of or target
-        if not profile.cluster or not simulated.cluster:
-            yield target
-            continue
-        names = [cluster.name for cluster in simulated.cluster]
-        if profile.cluster not in names:
-            raise SpecError(
-                f"{path}: {simulated.name!r} has no cluster {profile.cluster!r}", _did_you_mean(profile.cluster, names)
-            )
-        ordered = sorted(simulated.cluster, key=lambda cluster: cluster.name != profile.cluster)
-        chosen = replace(simulated, cluster=tuple(ordered))
-        yield chosen if simulated is target else replace(target, costs_of=chosen)
+def _ordered(target: Target, profile: Profile, path: Path) -> Target:
+    """The target with the profile's cluster in front."""
+    simulated = target.costs_of or target
+    if not profile.cluster or not simulated.cluster:
+        return target
+    names = [cluster.name for cluster in simulated.cluster]
+    if profile.cluster not in names:
+        raise SpecError(
+            f"{path}: {simulated.name!r} has no cluster {profile.cluster!r}", _did_you_mean(profile.cluster, names)
+        )
+    ordered = sorted(simulated.cluster, key=lambda cluster: cluster.name != profile.cluster)
+    chosen = replace(simulated, cluster=tuple(ordered))
+    return chosen if simulated is target else replace(target, costs_of=chosen)
 
 
 def load_plan(where: str) -> Plan:
@@ -253,10 +279,10 @@ def _budgets(table: Any, path: Path) -> tuple[Budget, ...]:
     return tuple(budgets)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise SpecError(f"{path}: {error}") from None
 
 

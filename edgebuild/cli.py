@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from edgebuild import __version__
-from edgebuild.errors import BudgetBroken, EdgebuildError, Infeasible, MissingEnvironment
+from edgebuild.errors import BudgetBroken, EdgebuildError, Infeasible, MissingEnvironment, UsageError
 
 app = typer.Typer(
     help="make for edge models: builds a trained model down to a device's budgets, and proves it.",
@@ -39,6 +39,12 @@ CalibrationOption = Annotated[
     str | None,
     typer.Option(help="Calibration inputs for torchvision models and .pt2 files: .npz or a folder of images."),
 ]
+
+InconclusiveOption = Annotated[
+    str, typer.Option(help="What a budget that cannot be decided means: fail, warn, or by the target's status (auto).")
+]
+JsonOption = Annotated[Path | None, typer.Option(help="Also write the figures here, as JSON.")]
+MarkdownOption = Annotated[Path | None, typer.Option(help="Also write a comment for a pull request here.")]
 
 
 def main() -> None:
@@ -114,10 +120,7 @@ def build(
         bool, typer.Option("--rebuild", help="Build even if nothing changed, and from scratch.")
     ] = False,
     json: Annotated[Path | None, typer.Option(help="Also write report.json here, whatever the outcome.")] = None,
-    inconclusive: Annotated[
-        str,
-        typer.Option(help="What a budget that cannot be decided means: fail, warn, or by the target's status (auto)."),
-    ] = "auto",
+    inconclusive: InconclusiveOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the report.")] = False,
 ) -> None:
     """Build TASK until it meets every budget of a profile, and write the bundle.
@@ -138,10 +141,8 @@ def build(
     from rich.console import Console
 
     from edgebuild import bundle, cache, catalog, environment, inputs
-    from edgebuild.errors import UsageError
 
-    if inconclusive not in ("auto", "fail", "warn"):
-        raise UsageError(f"--inconclusive {inconclusive!r}", "use auto, fail or warn")
+    _check_inconclusive(inconclusive)
     chosen = catalog.load_profile(profile)
     name = Path(task.partition(":")[2] or task).resolve().stem
     folder = output or Path("build") / f"{name if name != 'task' else Path(task).resolve().parent.name}-{chosen.name}"
@@ -181,6 +182,11 @@ def build(
     raise typer.Exit(code)
 
 
+def _check_inconclusive(value: str) -> None:
+    if value not in ("auto", "fail", "warn"):
+        raise UsageError(f"--inconclusive {value!r}", "use auto, fail or warn")
+
+
 def _hush() -> None:
     """Keep what the libraries warn each other about off the terminal: none of it is about the user's model."""
     import logging
@@ -217,8 +223,6 @@ def _exit_code(made: Any, inconclusive: str, calibrated: bool) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    from edgebuild.errors import UsageError
-
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -277,8 +281,6 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Where to write task.py.")] = Path("."),
 ) -> None:
     """Write a starter task."""
-    from edgebuild.errors import UsageError
-
     path = folder / "task.py"
     if path.exists():
         raise UsageError(f"{path} exists already", "choose another folder")
@@ -361,6 +363,100 @@ def cache_clear(
     print(f"removed {len(gone)} entries, {Bytes(sum(entry.size for entry in gone))}")
     if left:
         print(f"left {len(left)} entries, {Bytes(sum(entry.size for entry in left))}, which a running process uses")
+
+
+@app.command()
+def check(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="What a build wrote.")],
+    profile: Annotated[
+        str | None, typer.Option("--profile", "-p", help="Hold it against this profile. [the bundle's own]")
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", "-d", help="Measure on this target alone, a name or a path to a TOML. Repeatable."),
+    ] = None,
+    json: JsonOption = None,
+    markdown: MarkdownOption = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write a JUnit report here.")] = None,
+    inconclusive: InconclusiveOption = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the report.")] = False,
+) -> None:
+    """Measure BUNDLE's artifact again and hold it against a profile, without the model and its data.
+
+    Exit codes: 0 all budgets met, 1 a budget broken or wrong outputs, 2 bad usage or a damaged bundle, 4 something is
+    missing. In a step of GitHub Actions it annotates the run and adds to the job's summary.
+    """
+    from rich.console import Console
+
+    from edgebuild import bundle as bundles
+    from edgebuild import checking, github, report, settings
+    from edgebuild.report import gate
+
+    _check_inconclusive(inconclusive)
+    files = bundles.read(bundle)
+    chosen = settings.read(files, profile or "", device or ())
+    with github.plain():
+        made = checking.check(files, chosen, (lambda message, seconds: None) if quiet else _progress, not device)
+        text = report.to_json(made)
+        data = _decoded(text)
+        gate.check_terminal(data, Console())
+    for path, written in ((json, text), (markdown, gate.check_markdown(data)), (junit, report.junit(data))):
+        if path:
+            _write(path, written)
+    code = _exit_code(made, inconclusive, chosen.calibrated)
+    if github.active():
+        for status, title, message in gate.check_problems(data):
+            print(github.command("error" if status == "fail" or code else "warning", f"edgebuild: {title}", message))
+        github.summarize(gate.check_markdown(data))
+    raise typer.Exit(code)
+
+
+@app.command()
+def diff(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="The bundle that was.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The bundle that is.")],
+    max_regression: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How much worse a figure may be: latency=5%, size=1KiB, accuracy_drop=0.2points; repeatable."
+        ),
+    ] = None,
+    json: JsonOption = None,
+    markdown: MarkdownOption = None,
+) -> None:
+    """Say what changed between two bundles, and whether a figure became worse than allowed.
+
+    Exit codes: 0 no regression beyond what is allowed, 1 there is one or it could not be looked at, 2 bad usage or a
+    damaged bundle. Nothing is measured: the figures are those of the two builds.
+    """
+    from rich.console import Console
+
+    from edgebuild import bundle, github, report, settings
+    from edgebuild.diff import diff as compare
+    from edgebuild.diff import parse
+    from edgebuild.report import gate
+
+    allowed = [parse(written) for written in max_regression or ()]
+    before, after = bundle.read(old), bundle.read(new)
+    made = compare(before, after, settings.read(before), settings.read(after), allowed)
+    text = report.to_json(made)
+    data = _decoded(text)
+    with github.plain():
+        gate.diff_terminal(data, Console())
+    for path, written in ((json, text), (markdown, gate.diff_markdown(data))):
+        if path:
+            _write(path, written)
+    if github.active():
+        for title, message in gate.diff_problems(data):
+            print(github.command("error", f"edgebuild: {title}", message))
+        github.summarize(gate.diff_markdown(data))
+    raise typer.Exit(EXIT[made.outcome])
+
+
+def _decoded(text: str) -> Any:
+    import msgspec
+
+    return msgspec.json.decode(text)
 
 
 @targets_app.command("list")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from edgebuild import bundle, cache, catalog, costs, integration, report, students, upkeep, verify
+from edgebuild import bundle, cache, catalog, costs, integration, report, settings, students, upkeep, verify
 from edgebuild.attempt import Attempt, Original, take_original
 from edgebuild.backends import xnnpack
 from edgebuild.base import Base, lifted_digest, prepare
@@ -111,6 +111,7 @@ def build(request: Request, tell: Tell) -> Report:
     clock = Clock(tell)
     bundle.check_writable(request.output)
     upkeep.bound()
+    packed = settings.pack(request.profile)
     given = catalog.load_plan(request.plan) if request.plan else None
     loaded, profile, targets, base, findings = _prepared(request, clock)
     if given and given.base == "model":
@@ -123,7 +124,7 @@ def build(request: Request, tell: Tell) -> Report:
     made = _report(request, loaded, base, original, found, curve, findings, clock)
     if made.artifact:
         clock.tell(f"writing {request.output}")
-        bundle.write(request.output, _files(made, found, loaded))
+        bundle.write(request.output, _files(made, found, loaded) | packed)
     entries, size = upkeep.trim()
     if entries:
         clock.tell(f"removed {entries} entries, {Bytes(size)}, from the cache: it may hold {upkeep.bound()}")

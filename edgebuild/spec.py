@@ -754,7 +754,7 @@ def _factor(
 
 # ------------------------------------------------------------------------------------------------ what was found
 
-Method = Literal["measured", "simulated", "estimated", "counted"]
+Method = Literal["measured", "simulated", "estimated", "counted", "reported"]
 
 
 @dataclass(frozen=True)
@@ -783,7 +783,7 @@ class OperatorTime:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A figure and how it was come by.
+    """A figure and how it was come by; "reported" by the build, where what it would take is not at hand any more.
 
     `quantity` is a BudgetKind (or `latency_min` and the like); `error` is the relative half-width of its error band, 0
     where the figure is exact or measured. `runs` counts repetitions, `detail` says the rest. `operators` is what a

@@ -1,63 +1,22 @@
-"""Holds an artifact against its budgets and against eager PyTorch, on the task's own inputs."""
+"""What an artifact and eager PyTorch give for the task's own inputs: outputs, score, the first layer that differs."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
+from edgebuild import judge
 from edgebuild.devices import Arrays, Session
 from edgebuild.errors import EdgebuildError, TaskError
 from edgebuild.lift import outputs_of
 from edgebuild.load import Loaded
-from edgebuild.spec import Accuracy, Artifact, Budget, Measurement, Parity, Precision, Verdict
+from edgebuild.spec import Accuracy, Artifact
 from edgebuild.task import Predict
 
-# An int8 kernel rounds differently from its fp32 simulation, a little in every layer; a wrong one is below 0 dB.
-LEAST_SQNR_DB: dict[Precision, float] = {"fp32": 40.0, "int8": 15.0}
-
-Status = Literal["pass", "fail", "inconclusive"]
-
-# --------------------------------------------------------------------------------------------------------- parity
-
-
-def parity(
-    found: Sequence[Arrays],
-    expected: Sequence[Arrays],
-    target: str,
-    reference: str,
-    least_db: float,
-    logits: bool,
-    first_divergence: str = "",
-) -> Parity:
-    """Compare outputs sample by sample; `logits` says whether a top-1 can be taken in the last dimension."""
-    signal = noise = largest = 0.0
-    same = exact = 0
-    for got, want in zip(found, expected, strict=True):
-        exact += all(g.shape == w.shape and g.tobytes() == w.tobytes() for g, w in zip(got, want, strict=True))
-        for g, w in zip(got, want, strict=True):
-            if g.shape != w.shape:
-                raise TaskError(f"{target}: an output is {g.shape}, {reference} gives {w.shape}")
-            difference = np.abs(g.astype(np.float64) - w.astype(np.float64))
-            signal += float((w.astype(np.float64) ** 2).sum())
-            noise += float((difference**2).sum())
-            largest = max(largest, float(difference.max(initial=0.0)))
-        same += bool((got[0].argmax(-1) == want[0].argmax(-1)).all()) if logits else 0
-    finite = all(np.isfinite(g).all() for got in found for g in got)
-    sqnr = (999.0 if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)) if finite else -999.0
-    return Parity(
-        target=target,
-        reference=reference,
-        samples=len(found),
-        sqnr_db=round(sqnr, 2),
-        agreement=same / len(found) if logits and found else None,
-        bit_exact=exact == len(found),
-        max_abs=largest if math.isfinite(largest) else -1.0,
-        ok=finite and sqnr >= least_db,
-        first_divergence=first_divergence,
-    )
+# -------------------------------------------------------------------------------------------------------- outputs
 
 
 def run(session: Session, samples: Sequence[tuple[Tensor, ...]]) -> list[Arrays]:
@@ -93,7 +52,7 @@ def first_divergence(
         if not want or not want[0].is_floating_point():
             return False
         got = outputs(lower(head, inputs), sample)
-        return not parity([got], [to_arrays(want)], "", "", least_db, logits=False).ok
+        return not judge.parity([got], [to_arrays(want)], "", "", least_db, logits=False).ok
 
     low, high = 0, len(nodes) - 1
     try:
@@ -189,46 +148,3 @@ def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-# ------------------------------------------------------------------------------------------------------- verdicts
-
-
-def verdict(budget: Budget, target: str, predicted: float | None, found: Measurement | None, note: str = "") -> Verdict:
-    """Pass or fail where the figure was measured; inconclusive where the bound lies inside an estimate's error band."""
-    if found is None:
-        return Verdict(
-            budget.kind, target, budget.bound, predicted, None, None, None, "inconclusive", note or "not measured"
-        )
-    low, high = max(0.0, 1 - found.error), 1 + found.error
-    band = (found.value * low, found.value * high)
-    if budget.kind == "throughput":  # the band is that of the time behind it
-        band = (found.value / high, found.value / low if low else math.inf)
-    held = [budget.holds(edge) for edge in band]
-    status: Status = "pass" if all(held) else "inconclusive" if any(held) else "fail"
-    if status == "inconclusive":
-        inside = f"the bound lies inside the error band (+-{found.error:.0%}) of a figure that was not measured"
-        note = f"{inside} {note}".strip()
-    return Verdict(
-        budget.kind,
-        target,
-        budget.bound,
-        predicted,
-        found.value,
-        found.method,
-        budget.margin(found.value),
-        status,
-        note,
-    )
-
-
-def accuracy_verdict(budget: Budget, measured: Accuracy | None, reason: str) -> Verdict:
-    """The accuracy budget, in the metric's own units; `reason` says why there is no metric."""
-    if measured is None:
-        return Verdict("accuracy_drop", "", budget.bound, None, None, None, None, "inconclusive", reason)
-    bound = budget.bound * measured.original if budget.relative else budget.bound
-    absolute = Budget("accuracy_drop", bound)
-    note = f"{budget.bound:.3g} of the original's metric" if budget.relative else ""
-    drop = round(measured.drop, 12)
-    status: Status = "pass" if absolute.holds(drop) else "fail"
-    return Verdict("accuracy_drop", "", bound, None, drop, "measured", absolute.margin(drop), status, note)

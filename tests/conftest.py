@@ -1,22 +1,27 @@
-"""Small real models, a cache of the tests' own, and a device over ssh."""
+"""Small real models, a cache of the tests' own, a device over ssh, and a bundle."""
 
 import getpass
+import hashlib
 import os
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 
-from edgebuild import cache
-from edgebuild.spec import Remote, Target
+from edgebuild import bundle, cache, report, settings, verify
+from edgebuild.backends import BACKENDS
+from edgebuild.environment import machine, versions
+from edgebuild.lift import lift
+from edgebuild.spec import Accuracy, LayerRow, Measurement, Parity, Plan, Remote, Report, Target, Verdict
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -208,3 +213,84 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     finally:
         server.terminate()
         server.wait()
+
+
+# ------------------------------------------------------------------------------------------------------ a bundle
+
+HOST_PROFILE = """
+name = "bench"
+title = "This machine"
+target = "host"
+artifact = "pte"
+
+[budgets]
+size = "1 MiB"
+latency = "10 s"
+latency_p95 = "10 s"
+throughput = "0.1 /s"
+peak_memory = "1 GiB"
+accuracy_drop = "2 points"
+min_delegated = "100 %"
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A bundle's files as `bundle.read` gives them, with a real artifact, and the report of the build."""
+
+    files: dict[str, bytes]
+    report: Report
+
+    def changed(self, **fields: Any) -> dict[str, bytes]:
+        """The files with another report."""
+        return self.files | {"report.json": report.to_json(replace(self.report, **fields)).encode()}
+
+
+@pytest.fixture(scope="session")
+def made(
+    small_net: nn.Module,
+    image: tuple[Tensor, ...],
+    images: list[tuple[Tensor, ...]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Made:
+    """SmallNet lowered as it is. A build would take a minute; its figures in the report are made up."""
+    lifted = lift(small_net, image)
+    artifact = BACKENDS["pte"].lower(lifted, image)
+    profile = tmp_path_factory.mktemp("profile") / "bench.toml"
+    profile.write_text(HOST_PROFILE)
+    written = Report(
+        outcome="met",
+        summary="every budget of bench is met",
+        task="small",
+        profile="bench",
+        targets=("host",),
+        artifact="small.pte",
+        artifact_sha256=hashlib.sha256(artifact.data).hexdigest(),
+        size=len(artifact.data),
+        original_size=len(artifact.data),
+        plan=Plan(precision="fp32"),
+        verdicts=(Verdict("latency", "host", 10.0, 0.001, 0.002, "measured", 0.9998, "pass"),),
+        accuracy=Accuracy("accuracy", 0.98, 0.97, 500, None, None, 0.01),
+        parity=(Parity("host", "eager", 8, 100.0, 1.0, False, 1e-6, True),),
+        measurements=(
+            Measurement("host", "latency", 0.002, "measured", runs=900),
+            Measurement("pixel-3a", "latency", 0.004, "simulated", 0.2),
+            Measurement("", "min_delegated", artifact.share_delegated, "counted"),
+        ),
+        original_measurements=(),
+        layers=(LayerRow("stem", "conv2d", "", "fp32", (448, 448), (27648, 27648), {"host": 1e-5}, 0.0),),
+        rounds=(),
+        reachable=(),
+        frontier=(),
+        dropped=(),
+        trials=(),
+        calibration={},
+        findings=(),
+        stages={},
+        environment={**versions(), "machine": machine(), "inputs": "abc"},
+        build_id="0123456789abcdef",
+    )
+    vectors = bundle.vectors([verify.to_arrays(x) for x in images[:8]], verify.eager(lifted, images[:8]))
+    text = report.to_json(written)
+    files = {"small.pte": artifact.data, "report.json": text.encode(), "vectors.safetensors": vectors}
+    return Made(files | settings.pack(str(profile)), written)

@@ -44,19 +44,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "program": BASE | {"plan", "space"},
     "footprint": BASE,
     "costs": BASE | {"cache", "plan", "space", "devices", "footprint"},
-    "verify": MODEL | {"load", "devices", "backends"},
+    "judge": BASE | {"devices"},
+    "verify": MODEL | {"load", "judge", "devices", "backends"},
     "built": BASE | {"cache", "training", "devices"},
     "analysis": BASE | {"cache", "sensitivity", "built"},
     "base": MODEL
     | {"analysis", "environment", "load", "cache", "analyse", "sensitivity", "transforms", "trials", "backends"},
     "realise": MODEL
     | {"base", "built", "divergence"}
-    | {"environment", "clock", "training", "load", "cache", "transforms", "backends", "verify"},
+    | {"environment", "clock", "training", "load", "cache", "transforms", "backends", "judge", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
     "bundle": BASE | {"report"},
     "signing": BASE | {"environment", "report", "bundle"},
     "integration": set(),
+    "settings": BASE | {"catalog"},
+    "checking": BASE | {"bundle", "clock", "devices", "environment", "judge", "report", "settings"},
+    "diff": BASE | {"bundle", "report", "settings"},
+    "github": BASE,
     "propose": BASE | {"plan", "space", "program", "costs", "base", "report"},
 }
 MAY_IMPORT["students"] = MODEL | {"load", "analyse", "divergence", "transforms", "base", "propose"}
@@ -66,6 +71,7 @@ MAY_IMPORT["loop"] = STAGES | {"attempt"}
 MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop"}
 MAY_IMPORT["preview"] = STAGES | {"pipeline"}
 MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "pipeline", "preview"}
+MAY_IMPORT["pytest_plugin"] = {"errors", "bundle", "settings", "checking", "report"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 FRAMEWORKS = {"torch", "accelerate", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}
@@ -87,10 +93,16 @@ LIGHT = {
     "costs",
     "footprint",
     "devices",
+    "judge",
     "report",
     "bundle",
     "signing",
     "integration",
+    "settings",
+    "checking",
+    "diff",
+    "github",
+    "pytest_plugin",
 }
 # Apart from the process that an artifact runs in, a program of its own, and what `host_rates` and `arm_rates` import
 # when they have to write the program of the layers that are timed.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgebuild import verify
+from edgebuild import judge, verify
 from edgebuild.attempt import HOST, artifact_file
 from edgebuild.backends import xnnpack
 from edgebuild.devices import DEVICES
@@ -20,16 +20,16 @@ def rows(*values):
 
 def test_parity_counts_what_it_says():
     want = rows([1.0, 2.0, 3.0], [3.0, 1.0, 0.0])
-    same = verify.parity(want, want, "host", "eager", 40, logits=True)
+    same = judge.parity(want, want, "host", "eager", 40, logits=True)
     assert same.bit_exact and same.ok and same.agreement == 1
-    other = verify.parity(rows([1.0, 2.0, 3.3], [0.0, 1.0, 3.0]), want, "host", "eager", 40, logits=True)
+    other = judge.parity(rows([1.0, 2.0, 3.3], [0.0, 1.0, 3.0]), want, "host", "eager", 40, logits=True)
     noise = 0.3**2 + 9 + 9
     assert other.agreement == 0.5 and not other.bit_exact and not other.ok
     assert other.sqnr_db == pytest.approx(10 * math.log10(24 / noise), abs=0.01)
 
 
 def test_nan_is_never_right():
-    found = verify.parity(rows([float("nan"), 1.0]), rows([1.0, 1.0]), "host", "eager", -1e9, logits=True)
+    found = judge.parity(rows([float("nan"), 1.0]), rows([1.0, 1.0]), "host", "eager", -1e9, logits=True)
     assert not found.ok
 
 
@@ -42,30 +42,30 @@ def test_nan_is_never_right():
 )  # fmt: skip
 def test_a_bound_inside_the_error_band_is_not_decided(value, error, status):
     found = Measurement("t", "latency", value, "estimated" if error else "measured", error)
-    assert verify.verdict(Budget("latency", 10), "t", None, found).status == status
+    assert judge.verdict(Budget("latency", 10), "t", None, found).status == status
 
 
 def test_the_band_of_a_throughput_is_that_of_its_time():
     found = Measurement("t", "throughput", 100.0, "estimated", 1.2)
-    assert verify.verdict(Budget("throughput", 40.0), "t", None, found).status == "pass"
-    assert verify.verdict(Budget("throughput", 60.0), "t", None, found).status == "inconclusive"
+    assert judge.verdict(Budget("throughput", 40.0), "t", None, found).status == "pass"
+    assert judge.verdict(Budget("throughput", 60.0), "t", None, found).status == "inconclusive"
 
 
 def test_a_figure_that_is_missing_is_not_a_pass():
-    assert verify.verdict(Budget("latency", 10), "t", None, None).status == "inconclusive"
+    assert judge.verdict(Budget("latency", 10), "t", None, None).status == "inconclusive"
 
 
 def test_at_least_budgets_hold_from_below():
     found = Measurement("", "min_delegated", 0.95, "counted")
-    assert verify.verdict(Budget("min_delegated", 1.0), "", None, found).status == "fail"
-    assert verify.verdict(Budget("min_delegated", 0.9), "", None, found).status == "pass"
+    assert judge.verdict(Budget("min_delegated", 1.0), "", None, found).status == "fail"
+    assert judge.verdict(Budget("min_delegated", 0.9), "", None, found).status == "pass"
 
 
 def test_a_relative_drop_is_a_share_of_the_original():
     measured = verify.accuracy("accuracy", (0.8, 100), (0.79, 100))
-    assert verify.accuracy_verdict(Budget("accuracy_drop", 0.02, relative=True), measured, "").status == "pass"
-    assert verify.accuracy_verdict(Budget("accuracy_drop", 0.01, relative=True), measured, "").status == "fail"
-    assert verify.accuracy_verdict(Budget("accuracy_drop", 0.01), measured, "").status == "pass"
+    assert judge.accuracy_verdict(Budget("accuracy_drop", 0.02, relative=True), measured, "").status == "pass"
+    assert judge.accuracy_verdict(Budget("accuracy_drop", 0.01, relative=True), measured, "").status == "fail"
+    assert judge.accuracy_verdict(Budget("accuracy_drop", 0.01), measured, "").status == "pass"
 
 
 def test_wilson_interval_as_published():
@@ -103,4 +103,4 @@ def test_int8_keeps_the_outputs_and_a_layer_kept_fp32_grows_the_file(small_net, 
     assert artifacts[()].not_delegated == 0
     with artifact_file(artifacts[()]) as path, DEVICES["host"].load(path, HOST, 1) as session:
         found = verify.run(session, images)
-    assert verify.parity(found, verify.eager(lifted, images), "host", "eager", 20, logits=True).ok
+    assert judge.parity(found, verify.eager(lifted, images), "host", "eager", 20, logits=True).ok

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgebuild import cache
-from edgebuild.devices import arm_rates, machine, simulator, toolchain
+from edgebuild.devices import arm_rates, machine, simulator, timing, toolchain
 from edgebuild.devices.device import Arrays
 from edgebuild.devices.guest import Guest, start
 from edgebuild.devices.operators import attributed
@@ -58,10 +58,12 @@ def measure(
     threads: int,
     inputs: Sequence[Arrays],
     layers: Sequence[tuple[LayerFacts, Precision]],
+    enough: timing.Enough = timing.once,
 ) -> tuple[Measurement, ...]:
     """Latency and throughput, simulated; peak memory of loading and one inference on `inputs[0]`.
 
-    `layers` name the operators of the latency. Its error is the target's own, by what is known of its real figures.
+    `layers` name the operators of the latency. Its error is the target's own, by what is known of its real figures; a
+    simulation gives the same time again, so `enough` is not asked.
     """
     with load(artifact, target, threads) as guest:
         guest.run(inputs[0])

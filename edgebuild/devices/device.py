@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgebuild.devices.timing import Enough, once
 from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
 
 Arrays = tuple[NDArray, ...]
@@ -42,8 +43,12 @@ class Device(Protocol):
         threads: int,
         inputs: Sequence[Arrays],
         layers: Sequence[tuple[LayerFacts, Precision]],
+        enough: Enough = once,
     ) -> tuple[Measurement, ...]:
-        """Latency, throughput, peak memory; `layers`, what the artifact is made of, is for those that estimate."""
+        """Latency, throughput, peak memory; `layers`, what the artifact is made of, is for those that estimate.
+
+        A device that keeps time goes on, within bounds, until `enough` says so of the runs.
+        """
         ...
 
     def layer_latency(self, layer: LayerFacts, precision: Precision, target: Target, threads: int) -> float:

@@ -212,6 +212,7 @@ def measure(
     threads: int,
     inputs: Sequence[Arrays],
     layers: Sequence[tuple[LayerFacts, Precision]],
+    enough: timing.Enough = timing.once,
 ) -> tuple[Measurement, ...]:
     """Latency, throughput and peak memory of the artifact, on the first of `inputs`; `layers` are not needed.
 
@@ -222,6 +223,7 @@ def measure(
     with start(artifact, target, threads) as worker:
         peak, exact = worker.memory(inputs[0])
         found, settled = worker.time(inputs[0])
+        found = timing.go_on(found, enough, lambda s: worker.time(inputs[0], at_least=s, at_most=s)[0])
     detail = (
         f"{threads} thread{'s' if threads > 1 else ''}; load of the machine before: {busy:.2f} on {os.cpu_count()} "
         f"cores; {timing.spread(found, settled)}"

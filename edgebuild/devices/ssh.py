@@ -48,6 +48,7 @@ def measure(
     threads: int,
     inputs: Sequence[Arrays],
     layers: Sequence[tuple[LayerFacts, Precision]],
+    enough: timing.Enough = timing.once,
 ) -> tuple[Measurement, ...]:
     """Latency, throughput and peak memory of the artifact, on the first of `inputs`; `layers` are not needed.
 
@@ -57,7 +58,12 @@ def measure(
         before = sysfs.read(connection)
         with _loaded(connection, place, artifact, threads) as guest:
             guest.run(inputs[0])
-            found, settled = timing.settle(lambda warm_ups, runs: guest.time(inputs[0], warm_ups, runs))
+
+            def time(warm_ups: int, runs: int) -> timing.Nanoseconds:
+                return guest.time(inputs[0], warm_ups, runs)
+
+            found, settled = timing.settle(time)
+            found = timing.go_on(found, enough, lambda seconds: timing.settle(time, seconds, seconds)[0])
         notes = sysfs.notes(before, sysfs.read(connection), threads)
     count = f"{len(found)} runs with {threads} thread{'s' if threads > 1 else ''}"
     detail = "; ".join([connection.system, count, timing.spread(found, settled), *notes])

@@ -1,18 +1,26 @@
 """Timed runs: how many, and what is said of them, alike on every device that keeps time."""
 
 from collections.abc import Callable
+from math import ceil, floor, inf, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from edgebuild.devices.host_worker import MIN_RUNS, WARM_UP, agree
 from edgebuild.spec import Measurement
 
 Nanoseconds = NDArray[np.int64]
+Enough = Callable[[Nanoseconds], bool]
+NONE: Nanoseconds = np.zeros(0, np.int64)
 
 AT_LEAST, AT_MOST = 1.0, 10.0  # seconds of timed runs
 SLICE = 0.25  # seconds of a request
 MOST_RUNS = 1000  # of a request
+LONGEST = 30.0  # seconds of timed runs where those so far are not enough
+LOOKS = 6  # AT_LEAST doubled until LONGEST
+BLOCKS = 10
+SHARES = {"latency": 0.5, "latency_p95": 0.95, "latency_p99": 0.99}
 
 
 def settle(
@@ -29,6 +37,52 @@ def settle(
         found = np.concatenate([found, time(1, min(max(int(SLICE * 1e9 / pace), 1), MOST_RUNS))])
         settled = found.sum() >= at_least * 1e9 and len(found) >= MIN_RUNS and agree(found.tolist())
     return found, settled
+
+
+def once(found: Nanoseconds) -> bool:
+    """What has settled is enough."""
+    return True
+
+
+def go_on(found: Nanoseconds, enough: Enough, time: Callable[[float], Nanoseconds]) -> Nanoseconds:
+    """The runs with further ones, each time as long again, until they are enough or lasted LONGEST.
+
+    `time` takes seconds. With AT_LEAST seconds at the start these are at most LOOKS looks at the runs.
+    """
+    while not enough(found) and (left := LONGEST - found.sum() / 1e9) > 0:
+        found = np.concatenate([found, time(min(max(found.sum() / 1e9, AT_LEAST), left))])
+    return found
+
+
+def interval(found: Nanoseconds, quantity: str, confidence: float = 0.95) -> tuple[float, float]:
+    """A confidence interval of a quantity of `measurements` (seconds, or runs a second), good for LOOKS looks at once.
+
+    Of the median and the percentiles by order statistics, which asks nothing of the distribution: two of the sorted
+    runs, as far apart in rank as the share of runs below the percentile may be off (Conover 1999, Practical
+    Nonparametric Statistics, section 3.2). Runs that follow each other are slow together, so that share's error is
+    taken from how it differs between BLOCKS blocks of runs (Heidelberger and Lewis 1984, doi:10.1287/opre.32.1.185),
+    and never as less than that of independent runs. Of throughput by the means of the blocks. Each look gets its part
+    of the error (Bonferroni), since a bound that is looked at until it is clear would be missed more often.
+    """
+    seconds = found / 1e9
+    blocks = np.array_split(seconds, min(BLOCKS, len(seconds)))
+    if len(blocks) < 2:
+        return 0.0, inf
+    t = float(stdtrit(len(blocks) - 1, 1 - (1 - confidence) / LOOKS / 2))
+    if quantity == "throughput":
+        mean, off = seconds.mean(), t * _error([block.mean() for block in blocks])
+        return float(1 / (mean + off)), float(1 / (mean - off)) if off < mean else inf
+    share, n = SHARES[quantity], len(seconds)
+    at = np.quantile(seconds, share)
+    off = t * max(_error([(block <= at).mean() for block in blocks]), sqrt(share * (1 - share) / n))
+    first, last = floor(n * (share - off)), ceil(n * (share + off))
+    ordered = np.sort(seconds)
+    return float(ordered[first - 1]) if first > 0 else 0.0, float(ordered[last]) if last < n else inf
+
+
+def _error(of_blocks: list[np.floating]) -> float:
+    """Standard error of the mean of what independent blocks gave."""
+    return float(np.std(of_blocks, ddof=1) / sqrt(len(of_blocks)))
 
 
 def measurements(target: str, found: Nanoseconds, detail: str) -> tuple[Measurement, ...]:

@@ -345,17 +345,9 @@ def _trust(report: Json) -> Section:
     )
     findings = tuple((item["kind"], item["where"], item["what"]) for item in report["findings"])
     measurements = tuple(
-        (
-            subject({"kind": item["quantity"], "target": item["target"]}),
-            which,
-            figure(item["quantity"], item["value"]),
-            item["method"],
-            f"± {Percent(item['error'])}" if item["error"] else "",
-            f"{item['runs']:,}",
-            item["detail"],
-        )
+        (row[0], which, *row[1:])
         for which, key in (("artifact", "measurements"), ("original", "original_measurements"))
-        for item in report[key]
+        for row in map(measurement, report[key])
     )
     stages = sorted(report["stages"].items(), key=lambda item: -(item[1] or 0.0))
     lines = [f"Rounds tried: {len(report['rounds'])}.", _delegation(report)]
@@ -373,7 +365,7 @@ def _trust(report: Json) -> Section:
             detail=True,
         ),
         Table("Trials that the loss estimates were calibrated by", _TRIALS, tuple(map(_trial, report["trials"]))),
-        Table("Outputs of the artifact against the original", _PARITY, tuple(map(_parity, report["parity"]))),
+        parity_table("Outputs of the artifact against the original", report),
         Table("Findings", ("Kind", "Where", "What"), findings),
         Table("Versions, machine and seed", ("What", "Value"), tuple(report["environment"].items())),
         Table("All figures", _MEASUREMENTS, measurements, detail=True),
@@ -381,9 +373,29 @@ def _trust(report: Json) -> Section:
     return Section("Can I believe it?", tuple(line for line in lines if line), tables)
 
 
+MEASUREMENT = ("Quantity", "Value", "How", "Error", "Runs", "Detail")
+
+
+def measurement(item: Json) -> tuple[str, ...]:
+    """The row of a figure under the heads of MEASUREMENT."""
+    return (
+        subject({"kind": item["quantity"], "target": item["target"]}),
+        figure(item["quantity"], item["value"]),
+        item["method"],
+        f"± {Percent(item['error'])}" if item["error"] else "",
+        f"{item['runs']:,}",
+        item["detail"],
+    )
+
+
+def parity_table(title: str, report: Json) -> Table:
+    """What was compared with what, and how it agrees."""
+    return Table(title, _PARITY, tuple(map(_parity, report["parity"])))
+
+
 _PREDICTIONS = ("Round", "Budget", "Predicted", "Found", "Prediction off by")
 _TRIALS = ("Technique", "Changes", "Loss estimated (nats)", "Loss found (nats)")
-_MEASUREMENTS = ("Quantity", "Of", "Value", "How", "Error", "Runs", "Detail")
+_MEASUREMENTS = (MEASUREMENT[0], "Of", *MEASUREMENT[1:])
 _PARITY = (
     "Target",
     "Held against",

@@ -1,6 +1,7 @@
 """The three looks of a report: Markdown, the terminal and JUnit."""
 
 import re
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -25,9 +26,14 @@ _OUTCOMES = {"met": "green", "broken": "bold red", "inconclusive": "yellow", "in
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report in GitHub's Markdown. Long tables are folded away."""
-    lines = [f"# {_escaped(report['task'])} for {_escaped(report['profile'])}: {report['outcome']}", ""]
-    lines += [f"{_paragraph(line)}\n" for line in _heading(report)]
-    for i, section in enumerate(content.sections(report), 1):
+    return markdown_page(_title(report), _heading(report), content.sections(report))
+
+
+def markdown_page(title: str, heading: Sequence[str], sections: Sequence[content.Section]) -> str:
+    """A title, what matters most, and numbered sections in GitHub's Markdown."""
+    lines = [f"# {_escaped(title)}", ""]
+    lines += [f"{_paragraph(line)}\n" for line in heading]
+    for i, section in enumerate(sections, 1):
         lines += [f"## {i}. {section.title}", ""]
         lines += [*(f"- {_paragraph(line)}" for line in section.lines), ""] if section.lines else []
         for table in section.tables:
@@ -37,6 +43,13 @@ def markdown(report: dict[str, Any]) -> str:
 
 def terminal(report: dict[str, Any], console: Console) -> None:
     """The report without its long tables. rich honours NO_COLOR, and colours nothing but a terminal."""
+    terminal_page(_title(report), report["outcome"], _heading(report), content.sections(report), console)
+
+
+def terminal_page(
+    title: str, outcome: str, heading: Sequence[str], sections: Sequence[content.Section], console: Console
+) -> None:
+    """As `markdown_page`, for a terminal and without the long tables; the title is coloured by the outcome."""
     ascii_only = not console.encoding.lower().startswith("utf")
 
     def text(written: str, style: str = "") -> Text:
@@ -44,10 +57,10 @@ def terminal(report: dict[str, Any], console: Console) -> None:
         line = _one_line(written)
         return Text(line.translate(_ASCII).encode("ascii", "replace").decode() if ascii_only else line, style)
 
-    console.print(text(f"{report['task']} for {report['profile']}: {report['outcome']}", _OUTCOMES[report["outcome"]]))
-    for line in _heading(report):
+    console.print(text(title, _OUTCOMES[outcome]))
+    for line in heading:
         console.print(text(line))
-    for i, section in enumerate(content.sections(report), 1):
+    for i, section in enumerate(sections, 1):
         console.print()
         console.print(text(f"{i}. {section.title}", "bold"))
         for line in section.lines:
@@ -106,6 +119,10 @@ def junit(report: dict[str, Any]) -> str:
     root.append(suite)
     ET.indent(root)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{ET.tostring(root, encoding="unicode")}\n'
+
+
+def _title(report: dict[str, Any]) -> str:
+    return f"{report['task']} for {report['profile']}: {report['outcome']}"
 
 
 def _heading(report: dict[str, Any]) -> list[str]:

@@ -15,8 +15,8 @@ from edgebuild.errors import SpecError
 SCHEMA_VERSION = 1
 
 
-def to_json(report: spec.Report) -> str:
-    """The report as JSON: fields in the order of `edgebuild.spec`, mappings sorted, two spaces of indent.
+def to_json(report: Any) -> str:
+    """A `spec.Report`, or another value with `findings`, as JSON: fields in their order, mappings sorted, indented.
 
     A figure that is not finite becomes null, and a finding says which and what it was. One is expected and has none:
     the SQNR of outputs without any noise, which is infinite.

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from edgebuild import verify
+from edgebuild import judge, verify
 from edgebuild.attempt import HOST, artifact_file
 from edgebuild.backends import BACKENDS
 from edgebuild.devices import DEVICES
@@ -26,8 +26,8 @@ def test_artifacts_answer_as_eager_does(kind, precision, small_net, image, image
     )
     with artifact_file(artifact) as path, DEVICES["host"].load(path, HOST, 1) as session:
         found = verify.run(session, images)
-    least = verify.LEAST_SQNR_DB[precision]
-    assert verify.parity(found, verify.eager(model, images), "host", "eager", least, logits=True).ok
+    least = judge.LEAST_SQNR_DB[precision]
+    assert judge.parity(found, verify.eager(model, images), "host", "eager", least, logits=True).ok
 
 
 def test_lowering_twice_gives_the_same_bytes(small_net, image):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgebuild import costs, verify
+from edgebuild import costs, judge, verify
 from edgebuild.analyse import analyse
 from edgebuild.attempt import HOST, artifact_file
 from edgebuild.backends import BACKENDS, xnnpack
@@ -50,7 +50,7 @@ def answers(model, inputs, samples):
 
 
 def sqnr(found, model, samples):
-    return verify.parity(found, verify.eager(model, samples), "host", "", 0.0, logits=True).sqnr_db
+    return judge.parity(found, verify.eager(model, samples), "host", "", 0.0, logits=True).sqnr_db
 
 
 # ------------------------------------------------------------------------------------------------------- schemes

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edgebuild import verify
+from edgebuild import judge, verify
 from edgebuild.attempt import HOST, artifact_file
 from edgebuild.backends import xnnpack
 from edgebuild.devices import DEVICES
@@ -209,5 +209,5 @@ def test_artifacts_answer_as_eager_does(name, precision, image, images):
     artifact = xnnpack.lower(model, image)
     with artifact_file(artifact) as path, DEVICES["host"].load(path, HOST, 1) as session:
         found = verify.run(session, images)
-    least = verify.LEAST_SQNR_DB[precision]
-    assert verify.parity(found, verify.eager(model, images), "host", "eager", least, logits=True).ok
+    least = judge.LEAST_SQNR_DB[precision]
+    assert judge.parity(found, verify.eager(model, images), "host", "eager", least, logits=True).ok
