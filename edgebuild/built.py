@@ -1,6 +1,7 @@
 """What realising a plan makes: the artifact with what is known of it, and the trained model. Kept in the cache."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -36,7 +37,7 @@ class Built:
 
     @property
     def sha256(self) -> str:
-        return cache.key(self.artifact.data)
+        return hashlib.sha256(self.artifact.data).hexdigest()
 
 
 def write(name: str, built: Built) -> None:

@@ -10,11 +10,12 @@ import msgspec
 import torch
 from torch import fx
 
-from edgebuild import bundle, cache, catalog, costs, report, students, verify
-from edgebuild.attempt import Original, take_original
+from edgebuild import bundle, cache, catalog, costs, handoff, report, students
+from edgebuild.attempt import Attempt, Original, take_original
 from edgebuild.clock import Clock, Tell
 from edgebuild.devices import DEVICES
 from edgebuild.environment import machine, versions
+from edgebuild.handoff import Sampled
 from edgebuild.lift import batch_is_free, lift
 from edgebuild.load import Loaded, load
 from edgebuild.loop import Found, Make, improve
@@ -38,8 +39,6 @@ from edgebuild.spec import (
     Target,
 )
 from edgebuild.transforms import distil
-
-BUNDLED_VECTORS = 8
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,17 @@ def build(request: Request, tell: Tell) -> Report:
     found = improve(bases, rival, original, loaded, profile, targets, clock, given)
     with clock.stage("frontier", "looking along the trade-off curve"):
         curve = frontier(found.planner, found.best.proposal if found.best else None)
+    with clock.stage("bundle", "taking test vectors"):
+        sampled = handoff.sample(found.best, loaded) if found.best else None
+    findings += sampled.findings if sampled else ()
     made = _report(request, loaded, base, original, found, curve, findings, clock)
     if made.artifact:
         clock.tell(f"writing {request.output}")
-        bundle.write(request.output, _files(made, found, loaded))
+        assert found.best is not None and sampled is not None
+        source = catalog.find("profiles", request.profile).read_bytes()
+        files = _files(made, found.best, sampled)
+        contents = handoff.describe(made, loaded, profile, sampled, files["plan.json"], source)
+        bundle.write(request.output, files, contents)
     return made
 
 
@@ -348,15 +354,12 @@ def plan_json(plan: Plan) -> bytes:
     return msgspec.json.format(msgspec.json.encode(asdict(plan)), indent=2) + b"\n"
 
 
-def _files(made: Report, found: Found, loaded: Loaded) -> dict[str, bytes]:
-    assert found.best is not None
-    built, text = found.best.built, report.to_json(made)
-    expected = built.expected[:BUNDLED_VECTORS]
-    inputs = [verify.to_arrays(sample) for sample in loaded.samples[: len(expected)]]
+def _files(made: Report, best: Attempt, sampled: Sampled) -> dict[str, bytes]:
+    text = report.to_json(made)
     return {
-        made.artifact: built.artifact.data,
-        "plan.json": plan_json(found.best.plan),
+        made.artifact: best.built.artifact.data,
+        "plan.json": plan_json(best.plan),
         "report.json": text.encode(),
         "report.md": report.markdown(report.from_json(text)).encode(),
-        "vectors.safetensors": bundle.vectors(inputs, expected),
+        **handoff.vectors(made, sampled),
     }

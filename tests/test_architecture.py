@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "edgebuild"
 
 BASE = {"errors", "units", "spec"}
-MODEL = BASE | {"vision", "lift", "task"}
+MODEL = BASE | {"vision", "manifest", "lift", "task"}
 
 # Module or package -> what it may import of edgebuild beside itself. Each names only what stands above it.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -24,10 +24,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BASE,
     "plan": BASE,
     "vision": {"errors"},
+    "manifest": BASE,
     "attention": set(),
     "lift": BASE | {"attention"},
-    "task": BASE | {"vision"},
-    "load": MODEL | {"cache"},
+    "task": BASE | {"vision", "manifest"},
+    "signature": MODEL,
+    "load": MODEL | {"cache", "signature"},
     "analyse": BASE | {"lift", "attention"},
     "rounding": set(),
     "divergence": BASE | {"lift"},
@@ -51,16 +53,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"backends", "devices", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
-    "bundle": BASE | {"report"},
+    "archive": {"errors"},
+    "bundle": BASE | {"manifest", "archive", "report"},
+    "verify_bundle": BASE | {"manifest", "report", "bundle", "devices"},
     "propose": BASE | {"plan", "space", "program", "costs", "realise", "report"},
 }
 MAY_IMPORT["students"] = MAY_IMPORT["realise"] | {"realise", "propose"}
 STAGES = set(MAY_IMPORT)
 MAY_IMPORT["attempt"] = STAGES
 MAY_IMPORT["loop"] = STAGES | {"attempt"}
-MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop"}
+MAY_IMPORT["handoff"] = STAGES | {"attempt"}
+MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop", "handoff"}
 MAY_IMPORT["preview"] = STAGES | {"pipeline"}
-MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "pipeline", "preview"}
+MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "handoff", "pipeline", "preview"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 FRAMEWORKS = {"torch", "accelerate", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}
@@ -82,7 +87,10 @@ LIGHT = {
     "footprint",
     "devices",
     "report",
+    "manifest",
+    "archive",
     "bundle",
+    "verify_bundle",
 }
 # Apart from the process that an artifact runs in, a program of its own, and what `host_rates` and `arm_rates` import
 # when they have to write the program of the layers that are timed.

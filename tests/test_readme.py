@@ -46,7 +46,7 @@ def test_links_lead_somewhere() -> None:
         assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("words", sorted({m[1] for m in re.finditer(r"`edgebuild ((?:[a-z]+ ?)+)", README)}))
+@pytest.mark.parametrize("words", sorted({m[1] for m in re.finditer(r"`edgebuild ((?:[a-z-]+ ?)+)", README)}))
 def test_documented_commands_exist(words: str) -> None:
     command = [sys.executable, "-m", "edgebuild", *words.split(), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
