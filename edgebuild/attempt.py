@@ -1,8 +1,7 @@
 """Carries out a plan and holds what came of it against the budgets: outputs, score, measurements, verdicts."""
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from edgebuild.backends import BACKENDS
 from edgebuild.base import Base, lifted_digest
 from edgebuild.built import Built
 from edgebuild.clock import Clock
-from edgebuild.devices import DEVICES, Arrays
+from edgebuild.devices import DEVICES, Arrays, as_file
 from edgebuild.environment import versions
 from edgebuild.errors import DeviceError
 from edgebuild.load import Loaded
@@ -41,7 +40,10 @@ PARITY_SAMPLES = 32
 
 @dataclass(frozen=True)
 class Attempt:
-    """A realised plan and all that was found of it. A `draft` was not trained, though its plan asks for it."""
+    """A realised plan and all that was found of it. A `draft` was not trained, though its plan asks for it.
+
+    `outputs`: the artifact's own for each sample, on each target that could run it.
+    """
 
     base: Base
     proposal: Proposal
@@ -52,6 +54,7 @@ class Attempt:
     accuracy: Accuracy | None
     verdicts: tuple[Verdict, ...]
     findings: tuple[Finding, ...]
+    outputs: Mapping[str, list[Arrays]]
 
     @property
     def plan(self) -> Plan:
@@ -144,7 +147,8 @@ def carry_out(
     measurements: list[Measurement] = []
     parity: list[Parity] = []
     findings = [Finding("fallback", "host", f"not delegated: {operator}") for operator in built.artifact.fallen_back]
-    accuracy, outputs = None, {}
+    accuracy = None
+    outputs: dict[str, list[Arrays]] = {}
     with artifact_file(built.artifact) as artifact:
         for target in _with_host(targets):
             device = DEVICES[target.device]
@@ -179,7 +183,7 @@ def carry_out(
     verdicts = _verdicts(planner, proposed, built, measurements, accuracy, draft)
     findings += _estimates(measurements)
     return Attempt(
-        base, proposed, draft, built, tuple(measurements), tuple(parity), accuracy, verdicts, tuple(findings)
+        base, proposed, draft, built, tuple(measurements), tuple(parity), accuracy, verdicts, tuple(findings), outputs
     )
 
 
@@ -240,10 +244,6 @@ def _with_host(targets: Sequence[Target]) -> list[Target]:
     return [HOST, *(target for target in targets if target.device != "host")]
 
 
-@contextmanager
-def artifact_file(artifact: Artifact) -> Iterator[Path]:
+def artifact_file(artifact: Artifact) -> AbstractContextManager[Path]:
     """The artifact as a file, for as long as the block lasts."""
-    with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
-        path = Path(folder) / f"model{artifact.suffix}"
-        path.write_bytes(artifact.data)
-        yield path
+    return as_file(artifact.data, artifact.suffix)

@@ -1,33 +1,34 @@
-"""The hand-off folder: written as a whole or not at all, and read back without trusting it.
+"""The hand-off folder: written as a whole or not at all, packed as an archive, and read back without trusting it.
 
 `manifest.json` lists the SHA-256 and the size of every other file. It finds damage and stray files; it is no signature.
 The one file that it does not list is a signature's envelope, which covers the manifest itself: see `edgebuild.signing`.
 """
 
-import hashlib
 import os
 import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import numpy as safetensors
 
+from edgebuild import archive, manifest
 from edgebuild.errors import SpecError, UsageError
+from edgebuild.manifest import Contents, File, Manifest
 
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.intoto.json"
 UNLISTED = (MANIFEST, PROVENANCE)
-SCHEMA_VERSION = 1
 MANIFEST_LIMIT = 1 << 20  # bytes; some 8,000 files
 PROVENANCE_LIMIT = 4 << 20  # bytes; names and hashes of as many, in base64
+LIMITS = {MANIFEST: MANIFEST_LIMIT, PROVENANCE: PROVENANCE_LIMIT}
 BUNDLE_LIMIT = 4 << 30  # bytes; a bundle is read into memory
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -36,17 +37,13 @@ _ELSEWHERE = "choose another folder"
 Arrays = tuple[NDArray, ...]
 
 
-class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    sha256: str
-    size: Annotated[int, msgspec.Meta(ge=0)]
+@dataclass(frozen=True)
+class Bundle:
+    """What a bundle holds: `files` by name. The manifest's bytes and a signature's envelope are `unlisted`."""
 
-
-class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`kind` tells our manifest.json from those of others."""
-
-    kind: Literal["edgebuild-bundle"]
-    schema_version: int
-    files: dict[str, _Entry]
+    manifest: Manifest
+    files: dict[str, bytes]
+    unlisted: dict[str, bytes]
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -65,16 +62,18 @@ def check_writable(folder: Path) -> None:
         probe.rmdir()
 
 
-def write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a bundle of `files`, by name relative to the folder, and its manifest; the same files give the same bytes.
+def write(folder: Path, files: Mapping[str, bytes], contents: Contents) -> None:
+    """Write a bundle of `files`, by name relative to the folder, and its manifest; the same give the same bytes.
 
     A folder that is there already is replaced where it is empty or a bundle of ours. The files that its manifest lists
     are ours and go; where the user put others beside them, or where it is anything else, it is left as it is.
     Raises UsageError in these cases, and where the folder cannot be written; nothing half-written stays.
     """
-    for name in files:
-        if not _allowed(name) or any(other.startswith(f"{name}/") for other in files):
-            raise UsageError(f"a bundle cannot hold a file named {name!r}", "use letters, digits, '.', '-' and '_'")
+    if (name := _forbidden(files)) is not None:
+        raise UsageError(f"a bundle cannot hold a file named {name!r}", "use letters, digits, '.', '-' and '_'")
+    listing = manifest.encode(contents, files)
+    if len(listing) > MANIFEST_LIMIT:
+        raise UsageError(f"a bundle cannot hold as many as {len(files):,} files")
     with _usage_errors(folder):
         folder = folder.resolve()
         old = _replaceable(folder)
@@ -83,7 +82,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             new.mkdir()
-            for name, data in {**files, MANIFEST: _manifest(files)}.items():
+            for name, data in {**files, MANIFEST: listing}.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 _write(new / name, data)
             _swap(new, folder, old)
@@ -107,12 +106,25 @@ def attach(folder: Path, envelope: bytes) -> None:
             raise
 
 
-def _manifest(files: Mapping[str, bytes]) -> bytes:
-    entries = {name: _Entry(hashlib.sha256(files[name]).hexdigest(), len(files[name])) for name in sorted(files)}
-    data = msgspec.json.format(msgspec.json.encode(_Manifest("edgebuild-bundle", SCHEMA_VERSION, entries))) + b"\n"
-    if len(data) > MANIFEST_LIMIT:
-        raise UsageError(f"a bundle cannot hold as many as {len(files):,} files")
-    return data
+def write_archive(folder: Path, path: Path, force: bool = False) -> None:
+    """Pack the bundle in a folder, once it is checked, into a zip archive; the same bundle gives the same bytes.
+
+    Raises UsageError where the file is there and not `force`, where it would lie in the bundle, or where it cannot be
+    written; else as `load` does. Nothing half-written stays.
+    """
+    with _usage_errors(path):
+        if path.exists() and not (force and path.is_file()):
+            raise UsageError(f"{path} exists already", "choose another name, or --force for a file")
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"{path} lies in the bundle that it is made of", "choose another name")
+        loaded = load(folder)
+        data = archive.pack({**loaded.files, **loaded.unlisted})
+        new = _sibling(path.resolve().parent)
+        try:
+            _write(new, data)
+            new.rename(path)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -151,10 +163,10 @@ def _replaceable(folder: Path) -> list[str] | None:
     if not any(folder.iterdir()):
         return None  # a rename replaces an empty folder
     try:
-        ours = {*_read_manifest(folder).files, *UNLISTED}
+        ours = {*_manifest(str(folder), _bounded(_Folder(folder), MANIFEST)).files, *UNLISTED}
     except SpecError:
         raise UsageError(f"{folder} is not empty and no bundle of edgebuild's", _ELSEWHERE) from None
-    strays = sorted(_walk(folder, ours))
+    strays = sorted(_Folder(folder).strays(ours))
     if strays:
         raise UsageError(f"{folder} holds what is not part of its bundle: {strays[0]}", f"move it away or {_ELSEWHERE}")
     for below in _folders(ours):
@@ -205,103 +217,148 @@ def _usage_errors(folder: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def read(folder: Path) -> dict[str, bytes]:
-    """The files of a bundle by name, the manifest aside, after everything in the folder was checked against it.
+class _Members(Protocol):
+    """What a bundle is read from: a folder or an archive."""
 
-    Raises UsageError where there is no such folder; SpecError for a missing, unlisted or changed file, a link or a
-    device, a name that leads out of the folder, a bundle that is too large, a manifest that is not ours.
+    where: str
+
+    def strays(self, listed: set[str]) -> Iterator[str]: ...
+
+    def holds(self, name: str) -> bool: ...
+
+    def read(self, name: str, limit: int) -> bytes: ...
+
+
+def read(path: Path) -> dict[str, bytes]:
+    """The files of a bundle by name, the manifest aside; raises as `load` does."""
+    return load(path).files
+
+
+def load(path: Path) -> Bundle:
+    """A bundle, a folder or an archive of one, after everything in it was checked against its manifest.
+
+    Raises UsageError where there is none; SpecError for a missing, unlisted or changed file, a link or a device, a
+    name that leads out of the folder, a bundle that is too large, a damaged archive, a manifest that is not ours.
     """
-    try:
-        unlisted(folder)
-        manifest = _read_manifest(folder)
-        if sum(entry.size for entry in manifest.files.values()) > BUNDLE_LIMIT:
-            raise SpecError(f"{folder}: {MANIFEST} lists more than {BUNDLE_LIMIT:,} bytes")
-        for stray in _walk(folder, {*manifest.files, *UNLISTED}):
-            raise SpecError(f"{folder}: {stray} is not listed in {MANIFEST}, or is no plain file")
-        return {name: _verified(folder, name, entry) for name, entry in manifest.files.items()}
-    except OSError as error:
-        raise SpecError(f"{folder}: cannot be read: {error}") from None
+    with _opened(path) as members:
+        return _checked(members)
 
 
-def unlisted(folder: Path) -> dict[str, bytes]:
+def unlisted(path: Path) -> dict[str, bytes]:
     """The files that the manifest cannot list, unverified: itself, and the envelope where there is one.
 
-    Raises UsageError where there is no such folder; SpecError where one is too large or no plain file, or the manifest
-    is missing.
+    Raises UsageError where there is no bundle; SpecError where one is too large or no plain file, or the manifest is
+    missing.
     """
-    if not folder.is_dir():
-        raise UsageError(f"no bundle at {folder}")
-    found = {MANIFEST: _bounded(folder, MANIFEST, MANIFEST_LIMIT)}
-    if os.path.lexists(folder / PROVENANCE):
-        found[PROVENANCE] = _bounded(folder, PROVENANCE, PROVENANCE_LIMIT)
-    return found
+    with _opened(path) as members:
+        return _unlisted(members)
 
 
-def _bounded(folder: Path, name: str, limit: int) -> bytes:
-    data = _read(folder, name, limit)
+@contextmanager
+def _opened(path: Path) -> Iterator[_Members]:
+    try:
+        if path.is_dir():
+            yield _Folder(path)
+            return
+        if not path.exists():
+            raise UsageError(f"no bundle at {path}")
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise SpecError(f"{path}: no folder and no plain file")
+            yield archive.Archive(file, str(path))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from None
+
+
+def _unlisted(members: _Members) -> dict[str, bytes]:
+    found = {MANIFEST: _bounded(members, MANIFEST)}
+    return {**found, PROVENANCE: _bounded(members, PROVENANCE)} if members.holds(PROVENANCE) else found
+
+
+def _bounded(members: _Members, name: str) -> bytes:
+    data, limit = members.read(name, LIMITS[name]), LIMITS[name]
     if len(data) > limit:
-        raise SpecError(f"{folder}: {name} is larger than {limit:,} bytes")
+        raise SpecError(f"{members.where}: {name} is larger than {limit:,} bytes")
     return data
 
 
-def _read_manifest(folder: Path) -> _Manifest:
-    data = _bounded(folder, MANIFEST, MANIFEST_LIMIT)
+def _checked(members: _Members) -> Bundle:
+    beside = _unlisted(members)
+    found = _manifest(members.where, beside[MANIFEST])
+    if sum(file.size for file in found.files.values()) > BUNDLE_LIMIT:
+        raise SpecError(f"{members.where}: {MANIFEST} lists more than {BUNDLE_LIMIT:,} bytes")
+    for stray in members.strays({*found.files, *UNLISTED}):
+        raise SpecError(f"{members.where}: {repr(stray[:200])[1:-1]} is not listed in {MANIFEST}, or is no plain file")
+    return Bundle(found, {name: _verified(members, name, file) for name, file in found.files.items()}, beside)
+
+
+def _manifest(where: str, listing: bytes) -> Manifest:
     try:
-        manifest = msgspec.json.decode(data, type=_Manifest)
-    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        raise SpecError(f"{folder}: {MANIFEST} is not edgebuild's: {error}") from None
-    if manifest.schema_version != SCHEMA_VERSION:
+        found = manifest.decode(listing)
+    except SpecError as error:
+        raise SpecError(f"{where}: {MANIFEST} {error.what}", error.remedy) from None
+    if (name := _forbidden(found.files)) is not None:
+        raise SpecError(f"{where}: {MANIFEST} lists {name[:200]!r}, which a bundle cannot hold")
+    return found
+
+
+def _forbidden(names: Iterable[str]) -> str | None:
+    """A name that a bundle cannot hold, if there is one: no name of a file below it, or taken on some file system."""
+    taken = {*UNLISTED}
+    for name in names:
+        if not _NAME.fullmatch(name) or name.casefold() in taken:
+            return name
+        taken.add(name.casefold())
+    folders = {str(parent) for name in taken for parent in Path(name).parents}
+    return next(
+        (name for name in names if name.casefold() in folders or name.split("/")[0].casefold() in UNLISTED), None
+    )
+
+
+def _verified(members: _Members, name: str, file: File) -> bytes:
+    data = members.read(name, file.size)
+    if len(data) != file.size:
         raise SpecError(
-            f"{folder}: {MANIFEST} has schema_version {manifest.schema_version}, this edgebuild reads {SCHEMA_VERSION}"
+            f"{members.where}: {name} is {'longer' if len(data) > file.size else 'shorter'} than its {MANIFEST} says"
         )
-    for name in manifest.files:
-        if not _allowed(name):
-            raise SpecError(f"{folder}: {MANIFEST} lists {name[:200]!r}, which a bundle cannot hold")
-    return manifest
+    if manifest.sha256(data) != file.sha256:
+        raise SpecError(f"{members.where}: {name} was changed: its SHA-256 is not that of {MANIFEST}")
+    return data
 
 
-def _allowed(name: str) -> bool:
-    return bool(_NAME.fullmatch(name)) and name.split("/")[0] not in UNLISTED
+class _Folder:
+    def __init__(self, folder: Path):
+        self.folder, self.where = folder, str(folder)
 
+    def strays(self, listed: set[str]) -> Iterator[str]:
+        """Everything in the folder that is neither a listed plain file nor a folder above one."""
+        folders = _folders(listed)
+        for top, below, files in os.walk(self.folder, onerror=_raise):
+            here = Path(top).relative_to(self.folder)
+            for name in [*below, *files]:
+                path = str(here / name)
+                mode = (self.folder / path).lstat().st_mode
+                if not (stat.S_ISDIR(mode) and path in folders or stat.S_ISREG(mode) and path in listed):
+                    yield path
+            below[:] = [name for name in below if str(here / name) in folders]
 
-def _walk(folder: Path, listed: set[str]) -> Iterator[str]:
-    """Everything in the folder that is neither a listed plain file nor a folder above one."""
-    folders = _folders(listed)
-    for top, below, files in os.walk(folder, onerror=_raise):
-        here = Path(top).relative_to(folder)
-        for name in [*below, *files]:
-            path = str(here / name)
-            mode = (folder / path).lstat().st_mode
-            if not (stat.S_ISDIR(mode) and path in folders or stat.S_ISREG(mode) and path in listed):
-                yield path
-        below[:] = [name for name in below if str(here / name) in folders]
+    def holds(self, name: str) -> bool:
+        return os.path.lexists(self.folder / name)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """At most `limit` + 1 bytes of a plain file: never a link's target, never a pipe."""
+        try:
+            handle = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(handle, "rb") as file:
+                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                    raise SpecError(f"{self.where}: {name} is no plain file")
+                return file.read(min(limit, os.fstat(handle).st_size) + 1)
+        except OSError as error:
+            raise SpecError(f"{self.where}: {name} is missing or no plain file: {error.strerror}") from None
 
 
 def _raise(error: OSError) -> None:
     raise error  # os.walk would leave out what it cannot look into
-
-
-def _verified(folder: Path, name: str, entry: _Entry) -> bytes:
-    data = _read(folder, name, entry.size)
-    if len(data) != entry.size:
-        raise SpecError(
-            f"{folder}: {name} is {'longer' if len(data) > entry.size else 'shorter'} than its {MANIFEST} says"
-        )
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise SpecError(f"{folder}: {name} was changed: its SHA-256 is not that of {MANIFEST}")
-    return data
-
-
-def _read(folder: Path, name: str, limit: int) -> bytes:
-    """At most `limit` + 1 bytes of a plain file: never a link's target, never a pipe."""
-    try:
-        handle = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise SpecError(f"{folder}: {name} is no plain file")
-            return file.read(min(limit, os.fstat(handle).st_size) + 1)
-    except OSError as error:
-        raise SpecError(f"{folder}: {name} is missing or no plain file: {error.strerror}") from None
 
 
 # -------------------------------------------------------------------------------------------------- test vectors
@@ -321,7 +378,7 @@ def vectors(inputs: Sequence[Arrays], outputs: Sequence[Arrays]) -> bytes:
         for i, array in enumerate(arrays)
     }
     try:
-        return save(named)
+        return safetensors.save(named)
     except (SafetensorError, KeyError, ValueError) as error:
         raise UsageError(f"test vectors cannot be written: {error}") from None
 
@@ -329,7 +386,7 @@ def vectors(inputs: Sequence[Arrays], outputs: Sequence[Arrays]) -> bytes:
 def read_vectors(data: bytes) -> tuple[list[Arrays], list[Arrays]]:
     """The inputs and the outputs that `vectors` wrote. Raises SpecError."""
     try:
-        named = load(data)
+        named = safetensors.load(data)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise SpecError(f"test vectors: not readable as safetensors: {error}") from None
     found: dict[str, list[list[NDArray]]] = {"input": [], "output": []}

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from edgebuild import cache
+from edgebuild import cache, signature
 from edgebuild.errors import EdgebuildError, TaskError, UsageError
 from edgebuild.lift import outputs_of
-from edgebuild.task import Task, load_weights
+from edgebuild.manifest import Input, Output
+from edgebuild.task import Normalization, Task, load_weights
 from edgebuild.vision import import_torchvision
 
 CALIBRATION_SAMPLES = 128
@@ -37,13 +38,16 @@ _imported: list[str] = []
 class Loaded:
     """A checked task: its name, and its calibration inputs one sample at a time (batch size 1).
 
-    `sources` is a digest of the code and of the first training batches: what a training depends on.
+    `sources` is a digest of the code and of the first training batches: what a training depends on. `inputs` and
+    `outputs` are those of a call, by name.
     """
 
     name: str
     task: Task
     samples: tuple[tuple[Tensor, ...], ...]
     sources: str
+    inputs: tuple[Input, ...] = ()
+    outputs: tuple[Output, ...] = ()
 
 
 def load(where: str, weights: str | None = None, calibration: str | None = None) -> Loaded:
@@ -157,7 +161,15 @@ def _from_torchvision(name: str, weights: str | None, calibration: str | None) -
     crop = models.get_model_weights(name).DEFAULT.transforms()
     size = getattr(crop, "crop_size", [224])[0]
     example = (torch.zeros(1, 3, size, size),)
-    return name, Task(model, example, _calibration(calibration, example, crop))
+    means, stds = tuple(getattr(crop, "mean", ())), tuple(getattr(crop, "std", ()))
+    return name, Task(
+        model,
+        example,
+        _calibration(calibration, example, crop),
+        input_names=("image",),
+        layouts={"image": "NCHW"},
+        normalization={"image": Normalization(means, stds, 1 / 255)} if means and stds else {},
+    )
 
 
 def _from_program(path: Path, calibration: str | None) -> tuple[str, Task]:
@@ -258,8 +270,9 @@ def _checked(name: str, task: Task, where: str) -> Loaded:
     samples = tuple(islice(_samples(name, task.calibration, example), CALIBRATION_SAMPLES))
     if not samples:
         raise TaskError(f"task {name!r}: the calibration set is empty", "give at least one batch of inputs")
-    _check_forward(name, task)
-    return Loaded(name, task, samples, _sources(name, task, Path(where)))
+    outputs = _check_forward(name, task)
+    named = signature.inputs(name, task), signature.outputs(name, task, outputs)
+    return Loaded(name, task, samples, _sources(name, task, Path(where)), *named)
 
 
 def _sources(name: str, task: Task, where: Path) -> str:
@@ -317,10 +330,11 @@ def _samples(name: str, batches: Iterable[Any], example: tuple[Tensor, ...]) -> 
         ) from error
 
 
-def _check_forward(name: str, task: Task) -> None:
+def _check_forward(name: str, task: Task) -> list[Tensor]:
+    """The outputs of the model on the example inputs."""
     module = task.model if isinstance(task.model, nn.Module) else task.model.module()
     models = {"model": module, **({"student": task.student.eval()} if task.student is not None else {})}
-    shapes = {}
+    found: dict[str, list[Tensor]] = {}
     for role, candidate in models.items():
         try:
             with torch.no_grad():
@@ -333,6 +347,8 @@ def _check_forward(name: str, task: Task) -> None:
             raise TaskError(f"task {name!r}: the {role} returns no tensor")
         if not all(torch.isfinite(y).all() for y in outputs if y.is_floating_point()):
             raise TaskError(f"task {name!r}: the {role}'s outputs on the example inputs are not finite")
-        shapes[role] = [tuple(y.shape) for y in outputs]
+        found[role] = list(outputs)
+    shapes = {role: [tuple(y.shape) for y in outputs] for role, outputs in found.items()}
     if task.student is not None and shapes["student"] != shapes["model"]:
         raise TaskError(f"task {name!r}: the student's outputs are {shapes['student']}, the model's {shapes['model']}")
+    return found["model"]

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 from torch import fx
 
-from edgebuild import bundle, cache, catalog, costs, integration, report, settings, students, upkeep, verify
+from edgebuild import bundle, cache, catalog, costs, handoff, integration, report, settings, students, upkeep
 from edgebuild.attempt import Attempt, Original, take_original
-from edgebuild.backends import xnnpack
 from edgebuild.base import Base, lifted_digest, prepare
 from edgebuild.clock import Clock, Tell
-from edgebuild.devices import DEVICES, Arrays
+from edgebuild.devices import DEVICES
 from edgebuild.environment import machine, versions
-from edgebuild.integration import TensorInfo
+from edgebuild.handoff import Sampled
 from edgebuild.lift import batch_is_free, lift
 from edgebuild.load import Loaded, load
 from edgebuild.loop import Found, Make, improve
@@ -43,8 +41,6 @@ from edgebuild.spec import (
 )
 from edgebuild.transforms import distil
 from edgebuild.units import Bytes
-
-BUNDLED_VECTORS = 8
 
 
 @dataclass(frozen=True)
@@ -121,10 +117,16 @@ def build(request: Request, tell: Tell) -> Report:
     found = improve(bases, rival, original, loaded, profile, targets, clock, given)
     with clock.stage("frontier", "looking along the trade-off curve"):
         curve = frontier(found.planner, found.best.proposal if found.best else None)
+    with clock.stage("bundle", "taking test vectors"):
+        sampled = handoff.sample(found.best, loaded) if found.best else None
+    findings += sampled.findings if sampled else ()
     made = _report(request, loaded, base, original, found, curve, findings, clock)
     if made.artifact:
         clock.tell(f"writing {request.output}")
-        bundle.write(request.output, _files(made, found, loaded) | packed)
+        assert found.best is not None and sampled is not None
+        files = _files(made, found.best, sampled) | packed
+        contents = handoff.describe(made, loaded, profile, sampled, files)
+        bundle.write(request.output, files | integration.files(handoff.model(contents)), contents)
     entries, size = upkeep.trim()
     if entries:
         clock.tell(f"removed {entries} entries, {Bytes(size)}, from the cache: it may hold {upkeep.bound()}")
@@ -371,44 +373,12 @@ def plan_json(plan: Plan) -> bytes:
     return msgspec.json.format(msgspec.json.encode(asdict(plan)), indent=2) + b"\n"
 
 
-def _files(made: Report, found: Found, loaded: Loaded) -> dict[str, bytes]:
-    assert found.best is not None
-    built, text = found.best.built, report.to_json(made)
-    expected = built.expected[:BUNDLED_VECTORS]
-    inputs = [verify.to_arrays(sample) for sample in loaded.samples[: len(expected)]]
+def _files(made: Report, best: Attempt, sampled: Sampled) -> dict[str, bytes]:
+    text = report.to_json(made)
     return {
-        made.artifact: built.artifact.data,
-        "plan.json": plan_json(found.best.plan),
+        made.artifact: best.built.artifact.data,
+        "plan.json": plan_json(best.plan),
         "report.json": text.encode(),
         "report.md": report.markdown(report.from_json(text)).encode(),
-        "vectors.safetensors": bundle.vectors(inputs, expected),
-        **integration.files(_model(made, found.best, inputs, expected)),
+        **handoff.vectors(made, sampled),
     }
-
-
-def _model(made: Report, best: Attempt, inputs: Sequence[Arrays], expected: Sequence[Arrays]) -> integration.Model:
-    """What the integration code is made for.
-
-    Outputs may differ from eager PyTorch's by twice the most that was seen, and by rounding: 1e-6 of the largest value.
-    """
-    artifact = best.built.artifact
-    seen = max((row.max_abs for row in best.parity if row.reference != "the original model"), default=0.0)
-    atol = max(2 * seen, 1e-6 * max(float(np.abs(y).max(initial=0)) for sample in expected for y in sample))
-
-    def tensors(kind: str, arrays: Arrays, orders: list[tuple[int, ...]], atol: float) -> tuple[TensorInfo, ...]:
-        return tuple(
-            TensorInfo(f"{kind}_{i}", array.shape, str(array.dtype), order, atol=atol)
-            for i, (array, order) in enumerate(zip(arrays, orders, strict=True))
-        )
-
-    plain: tuple[list[tuple[int, ...]], ...] = ([()] * len(inputs[0]), [()] * len(expected[0]))
-    takes, gives = xnnpack.memory_orders(artifact.data) if artifact.kind == "pte" else plain
-    return integration.Model(
-        task=made.task,
-        kind=artifact.kind,
-        artifact=made.artifact,
-        runtime=versions()["executorch" if artifact.kind == "pte" else "torch"].partition("+")[0],
-        inputs=tensors("input", inputs[0], takes, 0.0),
-        outputs=tensors("output", expected[0], gives, atol),
-        samples=len(expected),
-    )

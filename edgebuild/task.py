@@ -1,7 +1,7 @@
 """What the user brings: a `Task`."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from edgebuild.errors import TaskError
+from edgebuild.manifest import Normalization
+
+__all__ = ["Normalization", "Predict", "Task", "load_weights"]
 
 Predict = Callable[..., Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -26,6 +29,13 @@ class Task:
     evaluate: scores any callable that takes a batch of inputs and returns the outputs; larger is better.
     metric: the name of what `evaluate` returns; "accuracy" is a share of samples and gets a 95% interval.
     outputs: "logits" of classes in the last dimension, or "values" (regression, embeddings).
+
+    The rest is for whoever builds the app, and goes into the bundle's manifest:
+
+    input_names, output_names: in the order of the call; without, input_0, output_0 and so on.
+    layouts: what the dimensions of an input or output are, by its name, a letter for each: "NCHW".
+    normalization: what the app does to an input before the model sees it, by the input's name.
+    labels: the classes in the last dimension of the first output.
     """
 
     model: nn.Module | torch.export.ExportedProgram
@@ -37,6 +47,11 @@ class Task:
     evaluate: Callable[[Predict], float] | None = None
     metric: str = "accuracy"
     outputs: Literal["logits", "values"] = "logits"
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    normalization: Mapping[str, Normalization] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
 
 def load_weights(model: Module, path: str | Path) -> Module:

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "edgebuild"
 
 BASE = {"errors", "units", "spec"}
-MODEL = BASE | {"vision", "lift", "task"}
+MODEL = BASE | {"vision", "manifest", "lift", "task"}
 
 # Module or package -> what it may import of edgebuild beside itself. Each names only what stands above it.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -25,10 +25,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BASE,
     "plan": BASE,
     "vision": {"errors"},
+    "manifest": BASE,
     "attention": set(),
     "lift": BASE | {"attention"},
-    "task": BASE | {"vision"},
-    "load": MODEL | {"cache"},
+    "task": BASE | {"vision", "manifest"},
+    "signature": MODEL,
+    "load": MODEL | {"cache", "signature"},
     "analyse": BASE | {"lift", "attention"},
     "rounding": set(),
     "divergence": BASE | {"lift"},
@@ -55,9 +57,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"environment", "clock", "training", "load", "cache", "transforms", "backends", "judge", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
     "report": BASE,
-    "bundle": BASE | {"report"},
+    "archive": {"errors"},
+    "bundle": BASE | {"manifest", "archive", "report"},
+    "verify_bundle": BASE | {"manifest", "report", "bundle", "devices"},
     "signing": BASE | {"environment", "report", "bundle"},
-    "integration": set(),
+    "integration": {"manifest"},
     "settings": BASE | {"catalog"},
     "checking": BASE | {"bundle", "clock", "devices", "environment", "judge", "report", "settings"},
     "diff": BASE | {"bundle", "report", "settings"},
@@ -68,10 +72,11 @@ MAY_IMPORT["students"] = MODEL | {"load", "analyse", "divergence", "transforms",
 STAGES = set(MAY_IMPORT)
 MAY_IMPORT["attempt"] = STAGES
 MAY_IMPORT["loop"] = STAGES | {"attempt"}
-MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop"}
+MAY_IMPORT["handoff"] = STAGES | {"attempt"}
+MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop", "handoff"}
 MAY_IMPORT["preview"] = STAGES | {"pipeline"}
-MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "pipeline", "preview"}
 MAY_IMPORT["pytest_plugin"] = {"errors", "bundle", "settings", "checking", "report"}
+MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "handoff", "pipeline", "preview"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 FRAMEWORKS = {"torch", "accelerate", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}
@@ -95,6 +100,8 @@ LIGHT = {
     "devices",
     "judge",
     "report",
+    "manifest",
+    "archive",
     "bundle",
     "signing",
     "integration",
@@ -103,6 +110,7 @@ LIGHT = {
     "diff",
     "github",
     "pytest_plugin",
+    "verify_bundle",
 }
 # Apart from the process that an artifact runs in, a program of its own, and what `host_rates` and `arm_rates` import
 # when they have to write the program of the layers that are timed.

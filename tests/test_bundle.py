@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundles import contents
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save
 
-from edgebuild import bundle
+from edgebuild import bundle, manifest
 from edgebuild.errors import SpecError, UsageError
 
 FILES = {"model.pte": b"\x00\x01" * 500, "report.md": b"# fits\n", "vectors/a/0.bin": b"", "plan.json": b"{}\n"}
@@ -37,7 +38,12 @@ def rewrite(folder: Path, change) -> None:
     path = folder / "manifest.json"
     data = json.loads(path.read_text())
     change(data)
-    path.write_text(json.dumps(data))
+    del data["checksum"]
+    path.write_text(json.dumps({**data, "checksum": manifest.checksum(data)}))
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    bundle.write(folder, files, contents(files))
 
 
 def entry(data: bytes) -> dict:
@@ -46,7 +52,7 @@ def entry(data: bytes) -> dict:
 
 @pytest.fixture
 def written(tmp_path) -> Path:
-    bundle.write(tmp_path / "out", FILES)
+    write(tmp_path / "out", FILES)
     return tmp_path / "out"
 
 
@@ -60,20 +66,20 @@ def test_what_was_written_is_read(written):
 
 
 def test_the_manifest_lists_every_file(written):
-    manifest = json.loads((written / "manifest.json").read_text())
-    assert manifest["schema_version"] == 1
-    assert manifest["files"] == {name: entry(data) for name, data in FILES.items()}
+    listing = json.loads((written / "manifest.json").read_text())
+    assert listing["schema_version"] == 2
+    assert listing["files"] == {name: entry(data) for name, data in FILES.items()}
 
 
 def test_the_same_files_give_the_same_bytes(written, tmp_path):
-    bundle.write(tmp_path / "again", dict(reversed(FILES.items())))
+    write(tmp_path / "again", dict(reversed(FILES.items())))
     assert tree(tmp_path / "again") == tree(written)
 
 
 def test_others_may_read_it(tmp_path):
     before = os.umask(0o022)
     try:
-        bundle.write(tmp_path / "out", FILES)
+        write(tmp_path / "out", FILES)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
@@ -83,17 +89,17 @@ def test_others_may_read_it(tmp_path):
 def test_folders_above_are_made(tmp_path):
     bundle.check_writable(tmp_path / "a/b/c")
     assert not (tmp_path / "a").exists()
-    bundle.write(tmp_path / "a/b/c", FILES)
+    write(tmp_path / "a/b/c", FILES)
     assert bundle.read(tmp_path / "a/b/c") == FILES
 
 
 def test_an_old_bundle_and_an_empty_folder_are_replaced(written, tmp_path):
     bundle.check_writable(written)
     assert bundle.read(written) == FILES
-    bundle.write(written, {"new.pte": b"new"})
+    write(written, {"new.pte": b"new"})
     assert bundle.read(written) == {"new.pte": b"new"}
     (tmp_path / "empty").mkdir()
-    bundle.write(tmp_path / "empty", FILES)
+    write(tmp_path / "empty", FILES)
     assert bundle.read(tmp_path / "empty") == FILES
     assert sorted(os.listdir(tmp_path)) == ["empty", "out"]
 
@@ -101,13 +107,13 @@ def test_an_old_bundle_and_an_empty_folder_are_replaced(written, tmp_path):
 def test_a_damaged_bundle_is_still_ours(written):
     (written / "plan.json").unlink()
     (written / "model.pte").write_bytes(b"cut")
-    bundle.write(written, FILES)
+    write(written, FILES)
     assert bundle.read(written) == FILES
 
 
 def test_a_link_to_a_folder_is_followed(written, tmp_path):
     (tmp_path / "link").symlink_to(written)
-    bundle.write(tmp_path / "link", {"new.pte": b"new"})
+    write(tmp_path / "link", {"new.pte": b"new"})
     assert (tmp_path / "link").is_symlink()
     assert bundle.read(written) == {"new.pte": b"new"}
 
@@ -139,7 +145,7 @@ def other_manifest(out: Path) -> None:
 
 
 def later_manifest(out: Path) -> None:
-    rewrite(out, lambda data: data.update(schema_version=2))
+    rewrite(out, lambda data: data.update(schema_version=3))
 
 
 def no_manifest(out: Path) -> None:
@@ -153,7 +159,7 @@ def no_manifest(out: Path) -> None:
 def test_what_is_not_ours_is_left_alone(written, spoil):
     spoil(written)
     before = tree(written.parent)
-    for refused in (lambda: bundle.check_writable(written), lambda: bundle.write(written, FILES)):
+    for refused in (lambda: bundle.check_writable(written), lambda: write(written, FILES)):
         with pytest.raises(UsageError) as error:
             refused()
         assert str(written) in str(error.value) and "another folder" in str(error.value)
@@ -166,7 +172,7 @@ def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch, below):
     (tmp_path / below).mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / below)
     with pytest.raises(UsageError, match="current folder"):
-        bundle.write(Path("."), FILES)
+        write(Path("."), FILES)
     with pytest.raises(UsageError, match="current folder"):
         bundle.check_writable(tmp_path)
 
@@ -174,7 +180,7 @@ def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch, below):
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file/out", tmp_path / "file/a/b"):
-        for call in (bundle.check_writable, lambda folder: bundle.write(folder, FILES)):
+        for call in (bundle.check_writable, lambda folder: write(folder, FILES)):
             with pytest.raises(UsageError, match="file"):
                 call(folder)
     assert tree(tmp_path) == {"file": b"mine"}
@@ -187,7 +193,7 @@ def test_a_loop_of_links(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, where nobody can make a folder")
-@pytest.mark.parametrize("call", [bundle.check_writable, lambda folder: bundle.write(folder, FILES)])
+@pytest.mark.parametrize("call", [bundle.check_writable, lambda folder: write(folder, FILES)])
 def test_a_place_where_nothing_can_be_made(call):
     with pytest.raises(UsageError, match="cannot write the bundle at /proc/out/deep") as error:
         call(Path("/proc/out/deep"))
@@ -218,7 +224,7 @@ def not_root():
 @pytest.mark.parametrize("closed", ["out", "out/vectors", "."])
 def test_a_read_only_folder(open_folder, closed):
     out = open_folder / "above/out"
-    bundle.write(out, FILES)
+    write(out, FILES)
     for path in (open_folder / "above").rglob("*"):
         if path.is_dir():
             path.chmod(0o777)
@@ -226,14 +232,14 @@ def test_a_read_only_folder(open_folder, closed):
     (out.parent / closed).chmod(0o555)
     before = tree(open_folder)
     with not_root():
-        for call in (bundle.check_writable, lambda folder: bundle.write(folder, {"new.pte": b"new"})):
+        for call in (bundle.check_writable, lambda folder: write(folder, {"new.pte": b"new"})):
             with pytest.raises(UsageError, match="read-only|Permission denied") as error:
                 call(out)
             assert str(out) in str(error.value) and "\n" not in str(error.value)
     assert tree(open_folder) == before
     (out.parent / closed).chmod(0o777)
     with not_root():
-        bundle.write(out, {"new.pte": b"new"})
+        write(out, {"new.pte": b"new"})
         assert bundle.read(out) == {"new.pte": b"new"}
     assert os.listdir(out.parent) == ["out"]
 
@@ -242,7 +248,7 @@ def test_a_read_only_folder(open_folder, closed):
 def test_below_a_read_only_folder(open_folder, below):
     (open_folder / "closed").mkdir(mode=0o555)
     with not_root():
-        for call in (bundle.check_writable, lambda folder: bundle.write(folder, FILES)):
+        for call in (bundle.check_writable, lambda folder: write(folder, FILES)):
             with pytest.raises(UsageError, match="Permission denied"):
                 call(open_folder / "closed" / below)
     assert tree(open_folder) == {"closed": None}
@@ -254,23 +260,27 @@ def test_below_a_read_only_folder(open_folder, below):
 )
 def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
     with pytest.raises(UsageError, match="cannot hold"):
-        bundle.write(tmp_path / "out", {"good": b"", name: b"x"})
+        write(tmp_path / "out", {"good": b"", name: b"x"})
     assert tree(tmp_path) == {}
 
 
 def test_a_file_and_a_folder_of_one_name(tmp_path):
     with pytest.raises(UsageError, match="cannot hold"):
-        bundle.write(tmp_path / "out", {"a": b"", "a/b": b""})
+        write(tmp_path / "out", {"a": b"", "a/b": b""})
 
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # scripts use what lies beside this file
 
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
+from bundles import contents
 from edgebuild import bundle
 from edgebuild.errors import UsageError
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+files = {"a/small": b"x", "large": bytes(10_000)}
 try:
-    bundle.write(Path(sys.argv[1]), {"a/small": b"x", "large": bytes(10_000)})
+    bundle.write(Path(sys.argv[1]), files, contents(files))
 except UsageError as error:
     print(error)
 """
@@ -280,9 +290,11 @@ except UsageError as error:
 def test_no_room(tmp_path, there):
     out = tmp_path / "deep/out"
     if there:
-        bundle.write(out, FILES)
+        write(out, FILES)
     before = tree(tmp_path)
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(out)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(out)], capture_output=True, text=True, check=True, env=ENVIRONMENT
+    )
     assert done.stdout.startswith(f"cannot write the bundle at {out}: ") and done.stdout.count("\n") == 1
     assert tree(tmp_path) == before
 
@@ -290,6 +302,7 @@ def test_no_room(tmp_path, there):
 INTERRUPTED = """
 import os, signal, sys
 from pathlib import Path
+from bundles import contents
 from edgebuild import bundle
 
 out, name, count = sys.argv[1:]
@@ -302,7 +315,8 @@ def interrupted(*arguments):
     return real(*arguments)
 
 setattr(os, name, interrupted)
-bundle.write(Path(out), {"a/first": b"1", "second": b"2"})
+files = {"a/first": b"1", "second": b"2"}
+bundle.write(Path(out), files, contents(files))
 """
 
 
@@ -313,10 +327,10 @@ bundle.write(Path(out), {"a/first": b"1", "second": b"2"})
 def test_ctrl_c_leaves_what_was_there(tmp_path, there, call, count):
     out = tmp_path / "deep/out"
     if there:
-        bundle.write(out, FILES)
+        write(out, FILES)
     before = tree(tmp_path)
     command = [sys.executable, "-c", INTERRUPTED, str(out), call, str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert done.returncode == -signal.SIGINT and "KeyboardInterrupt" in done.stderr
     assert tree(tmp_path) == before
 
@@ -419,7 +433,7 @@ def linked_manifest(out: Path) -> None:
         (stray_link, "plan.json"),
         (linked_folder, "vectors"),
         (other_manifest, "not edgebuild's"),
-        (later_manifest, "schema_version 2"),
+        (later_manifest, "schema_version 3"),
         (no_manifest, "manifest.json is missing"),
     ],
 )

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bundles import contents
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from google.protobuf import json_format
@@ -76,7 +77,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    bundle.write(tmp_path / "out", FILES)
+    bundle.write(tmp_path / "out", FILES, contents(FILES))
     return tmp_path / "out"
 
 
@@ -137,7 +138,7 @@ def test_two_keys_sign_and_either_is_enough(out, keys):
 
 def test_a_new_build_takes_the_old_signature_away(signed, keys):
     bundle.check_writable(signed)
-    bundle.write(signed, FILES)
+    bundle.write(signed, FILES, contents(FILES))
     assert not (signed / ENVELOPE).exists() and os.listdir(signed.parent) == ["out"]
     with pytest.raises(SpecError, match="is not signed"):
         signing.verify(signed, [keys / "a.pub"])
@@ -208,10 +209,10 @@ def test_a_bundle_without_a_report_or_damaged_is_not_signed(out, keys):
     (out / "plan.json").write_bytes(b"[]\n")
     with pytest.raises(SpecError, match=r"plan.json was changed"):
         signing.sign(out, key)
-    bundle.write(out, {"digits.pte": b"1"})
+    bundle.write(out, {"digits.pte": b"1"}, contents({"digits.pte": b"1"}))
     with pytest.raises(SpecError, match=r"no report.json"):
         signing.sign(out, key)
-    bundle.write(out, {"report.json": b"{}"})
+    bundle.write(out, {"report.json": b"{}"}, contents({"report.json": b"{}"}))
     with pytest.raises(SpecError, match="schema_version"):
         signing.sign(out, key)
     assert not (out / ENVELOPE).exists() and os.listdir(out.parent) == ["out"]
@@ -229,7 +230,7 @@ def rewrite(folder: Path, change) -> None:
 def relist(folder: Path, files: dict[str, bytes]) -> None:
     """Other files, with a manifest that fits them, and the old signature."""
     old = (folder / ENVELOPE).read_bytes()
-    bundle.write(folder, files)
+    bundle.write(folder, files, contents(files))
     (folder / ENVELOPE).write_bytes(old)
 
 

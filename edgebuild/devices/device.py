@@ -1,7 +1,8 @@
 """What a device offers. Devices know nothing of torch: tensors cross as numpy arrays, artifacts as files."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,15 @@ from edgebuild.devices.timing import Enough, once
 from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
 
 Arrays = tuple[NDArray, ...]
+
+
+@contextmanager
+def as_file(data: bytes, suffix: str) -> Iterator[Path]:
+    """An artifact's bytes as a file, for as long as the block lasts."""
+    with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
+        path = Path(folder) / f"model{suffix}"
+        path.write_bytes(data)
+        yield path
 
 
 class Session(Protocol):

@@ -1,4 +1,4 @@
-"""The machine that builds. `.pte` files run in ExecuTorch's Python runtime, `.pt` files in TorchScript.
+"""The machine that builds. `.pte` and `.bpte` files run in ExecuTorch's Python runtime, `.pt` files in TorchScript.
 
 An artifact runs in a process of its own, so that a crash or a hang is a finding and not the end.
 """
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as tensors
 
-from edgebuild.devices import host_rates, host_worker, layer_model, probes, timing
+from edgebuild.devices import confine, host_rates, host_worker, layer_model, probes, timing
 from edgebuild.devices.device import Arrays
 from edgebuild.errors import DeviceError, MissingEnvironment
 from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
@@ -48,11 +48,12 @@ def check(target: Target) -> None:
 
 @dataclass
 class Worker:
-    """A process that holds an artifact; `host_worker` describes the protocol."""
+    """A process that holds an artifact; `host_worker` describes the protocol. No answer is longer than `most` bytes."""
 
     what: str
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
+    most: int = sys.maxsize
     timed_out: bool = field(default=False, init=False)
 
     def run(self, inputs: Arrays) -> Arrays:
@@ -122,7 +123,7 @@ class Worker:
 
     def _answer(self, mark: int) -> tuple[dict[str, Any], Arrays]:
         assert self.process.stdout is not None
-        header, body = host_worker.read_frame(self.process.stdout)
+        header, body = host_worker.read_frame(self.process.stdout, self.most)
         if "error" in header:
             raise DeviceError(f"{self.what}: {header['error']}{self._last_words(mark)}")
         arrays = tensors.load(body) if body else {}
@@ -137,7 +138,7 @@ class Worker:
             yield
         except (EOFError, BrokenPipeError):
             raise DeviceError(self._epitaph(timeout) + self._last_words(mark)) from None
-        except (ValueError, KeyError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             self.process.kill()  # nobody knows where the next frame starts
             raise DeviceError(f"{self.what}: the process answered nonsense: {error}{self._last_words(mark)}") from None
         finally:
@@ -185,20 +186,29 @@ def load(artifact: Path, target: Target, threads: int) -> Iterator[Worker]:
         yield worker
 
 
+@dataclass(frozen=True)
+class Confined:
+    """For an artifact that is not trusted: bytes of memory that it may take, and the longest answer, in bytes."""
+
+    memory: int
+    most: int
+
+
 @contextmanager
-def start(artifact: Path, target: Target, threads: int) -> Iterator[Worker]:
+def start(artifact: Path, target: Target, threads: int, confined: Confined | None = None) -> Iterator[Worker]:
     """Start a worker that has not loaded its artifact yet; it is ended with the block."""
     check(target)
     what = f"{artifact.name} on {target.name}"
-    if artifact.suffix not in (".pte", ".pt"):
-        raise DeviceError(f"{what}: a {artifact.suffix or 'nameless'} file", "the host runs .pte and .pt files")
+    if artifact.suffix not in (".pte", ".bpte", ".pt"):
+        raise DeviceError(f"{what}: a {artifact.suffix or 'nameless'} file", "the host runs .pte, .bpte and .pt files")
     if not artifact.is_file():
         raise DeviceError(f"{what}: there is no file {artifact}")
     # A file and not a module, with -P, so that nothing in the current folder can stand in for a library.
-    command = [sys.executable, "-P", host_worker.__file__, str(artifact.absolute()), str(threads)]
+    command = [host_worker.__file__, str(artifact.absolute()), str(threads)]
+    command = [sys.executable, "-P", *([confine.__file__, str(confined.memory)] if confined else []), *command]
     errors = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed by the worker
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-    worker = Worker(what, process, errors)
+    worker = Worker(what, process, errors, confined.most if confined else sys.maxsize)
     try:
         worker.greet()
         yield worker

@@ -6,6 +6,7 @@ A frame is MAGIC, the sizes of a JSON header (uint32) and of a body (uint64), th
     load    {}                            loads the artifact
     run     {}                            tensors in, the outputs of one inference out
     many    {}                            samples stacked in a new dimension 0, run one by one; outputs stacked likewise
+    verify  {cases, atol}                 runs the test cases of a bundled program, and compares their outputs
     memory  {}                            loads the artifact and runs it; `base` and `peak` resident bytes, `exact`
     time    {method, at_least, at_most, cpu}   nanoseconds of each run, int64, in seconds' bounds; `settled`
 
@@ -45,11 +46,14 @@ def write_frame(stream: IO[bytes], header: dict[str, Any], body: bytes = b"") ->
     stream.flush()
 
 
-def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], bytes]:
-    """Receive a frame. Raises EOFError where the stream ends, ValueError where it holds something else."""
+def read_frame(stream: IO[bytes], most: int = sys.maxsize) -> tuple[dict[str, Any], bytes]:
+    """Receive a frame with a body of at most `most` bytes.
+
+    Raises EOFError where the stream ends, ValueError where it holds something else.
+    """
     magic, header_size, body_size = _SIZES.unpack(_exactly(stream, _SIZES.size))
-    if magic != MAGIC or header_size > _LONGEST_HEADER:
-        raise ValueError(f"{magic!r} does not start a frame")
+    if magic != MAGIC or header_size > _LONGEST_HEADER or body_size > most:
+        raise ValueError(f"{magic!r} and sizes of {header_size:,} and {body_size:,} bytes start no frame")
     return json.loads(_exactly(stream, header_size)), _exactly(stream, body_size)
 
 
@@ -70,7 +74,7 @@ def main(artifact: str, threads: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what libraries print must not end up between the frames
     try:
-        model = _Pte(artifact, threads) if artifact.endswith(".pte") else _TorchScript(artifact, threads)
+        model = _Pte(artifact, threads) if artifact.endswith("pte") else _TorchScript(artifact, threads)
     except Exception as error:
         return write_frame(answers, {"error": _reason(error)})
     gc.collect()
@@ -107,11 +111,18 @@ class _Pte:
 
     def method(self, name: str) -> Call:
         if self.program is None:
-            self.program = self.runtime._load_program(self.path)
+            check = self.runtime.Verification.InternalConsistency  # of the file: else a flipped bit may be a crash
+            self.program = self.runtime._load_program(self.path, program_verification=check)
         if name not in self.methods:
             self.methods[name] = self.program.load_method(name)
         method = self.methods[name]
         return lambda inputs: method(inputs, False)  # outputs stay in the program's memory until the next run
+
+    def verify(self, cases: int, atol: float) -> None:
+        with open(self.path, "rb") as file:
+            bundled = self.runtime._load_bundled_program_from_buffer(file.read())
+        for case in range(cases):
+            bundled.verify_result_with_bundled_expected_output("forward", case, 0.0, atol)
 
 
 class _TorchScript:
@@ -159,6 +170,12 @@ def _many(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
     return {}, [torch.stack(tensors) for tensors in zip(*outputs, strict=True)]
 
 
+def _verify(model: _Model, inputs: tuple[Any, ...], cases: int, atol: float) -> _Answer:
+    assert isinstance(model, _Pte)
+    model.verify(cases, atol)
+    return {}, []
+
+
 def _memory(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
     base, highest, reset = _at_rest()
     call = model.method("forward")
@@ -197,6 +214,7 @@ _OPERATIONS: dict[str, Callable[..., _Answer]] = {
     "load": _load,
     "run": _run,
     "many": _many,
+    "verify": _verify,
     "memory": _memory,
     "time": _time,
 }

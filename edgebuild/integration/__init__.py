@@ -13,17 +13,9 @@ from typing import Literal
 import jinja2
 
 from edgebuild.integration import names
+from edgebuild.manifest import Normalization
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """What an app does to an input first, (x * scale - mean) / std; one value, or one for each channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -59,4 +59,8 @@ def task() -> Task:
         train=lambda: batches(train_images, train_labels, epochs=20, seed=1),
         labelled=True,
         evaluate=lambda predict: accuracy(predict, test_images, test_labels),
+        input_names=("image",),
+        output_names=("scores",),
+        layouts={"image": "NCHW"},
+        labels=tuple("0123456789"),
     )

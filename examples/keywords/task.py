@@ -54,4 +54,8 @@ def task() -> Task:
         labelled=True,
         evaluate=lambda predict: accuracy(predict, inputs, wanted),
         metric="accuracy over shifts",  # five views of a recording are no five samples: no interval of "accuracy"
+        input_names=("cepstrum",),
+        output_names=("scores",),
+        layouts={"cepstrum": "NCHW"},
+        labels=tuple("0123456789"),
     )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from edgebuild.errors import TaskError
-from edgebuild.task import Task
+from edgebuild.task import Normalization, Task
 from edgebuild.vision import import_torchvision
 
 HERE = Path(__file__).parent
@@ -74,4 +74,9 @@ def task() -> Task:
         labelled=True,
         student=student.eval(),
         evaluate=lambda predict: accuracy(predict, test_images, test_labels),
+        input_names=("image",),
+        output_names=("scores",),
+        layouts={"image": "NCHW"},
+        normalization={"image": Normalization(scale=1 / 255)},
+        labels=tuple("0123456789"),
     )
