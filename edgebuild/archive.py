@@ -61,13 +61,13 @@ class Archive:
             self._zip = zipfile.ZipFile(file)
             self._entries = self._checked(size)
 
-    def holds(self, name: str) -> bool:
-        return name in self._entries
-
     def strays(self, listed: set[str]) -> Iterator[str]:
         """Names of what is there and neither listed nor a folder above what is."""
         folders = {f"{name[:end]}/" for name in listed for end in range(len(name)) if name[end] == "/"}
         yield from (name for name in self._entries if name not in listed and name not in folders)
+
+    def holds(self, name: str) -> bool:
+        return name in self._entries
 
     def read(self, name: str, limit: int) -> bytes:
         """At most `limit` + 1 bytes of a file."""

@@ -28,6 +28,7 @@ PROVENANCE = "provenance.intoto.json"
 UNLISTED = (MANIFEST, PROVENANCE)
 MANIFEST_LIMIT = 1 << 20  # bytes; some 8,000 files
 PROVENANCE_LIMIT = 4 << 20  # bytes; names and hashes of as many, in base64
+LIMITS = {MANIFEST: MANIFEST_LIMIT, PROVENANCE: PROVENANCE_LIMIT}
 BUNDLE_LIMIT = 4 << 30  # bytes; a bundle is read into memory
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -38,7 +39,7 @@ Arrays = tuple[NDArray, ...]
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle holds: `files` by name, and `unlisted` what the manifest cannot list, see `UNLISTED`."""
+    """What a bundle holds: `files` by name. The manifest's bytes and a signature's envelope are `unlisted`."""
 
     manifest: Manifest
     files: dict[str, bytes]
@@ -162,8 +163,7 @@ def _replaceable(folder: Path) -> list[str] | None:
     if not any(folder.iterdir()):
         return None  # a rename replaces an empty folder
     try:
-        listing = _Folder(folder).read(MANIFEST, MANIFEST_LIMIT)
-        ours = {*_manifest(str(folder), listing).files, *UNLISTED}
+        ours = {*_manifest(str(folder), _bounded(_Folder(folder), MANIFEST)).files, *UNLISTED}
     except SpecError:
         raise UsageError(f"{folder} is not empty and no bundle of edgebuild's", _ELSEWHERE) from None
     strays = sorted(_Folder(folder).strays(ours))
@@ -222,9 +222,9 @@ class _Members(Protocol):
 
     where: str
 
-    def holds(self, name: str) -> bool: ...
-
     def strays(self, listed: set[str]) -> Iterator[str]: ...
+
+    def holds(self, name: str) -> bool: ...
 
     def read(self, name: str, limit: int) -> bytes: ...
 
@@ -240,47 +240,46 @@ def load(path: Path) -> Bundle:
     Raises UsageError where there is none; SpecError for a missing, unlisted or changed file, a link or a device, a
     name that leads out of the folder, a bundle that is too large, a damaged archive, a manifest that is not ours.
     """
-    try:
-        with _opened(path) as members:
-            return _checked(members)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from None
+    with _opened(path) as members:
+        return _checked(members)
 
 
 def unlisted(path: Path) -> dict[str, bytes]:
-    """The files that the manifest cannot list, unverified: itself, and a signature's envelope where there is one.
+    """The files that the manifest cannot list, unverified: itself, and the envelope where there is one.
 
     Raises UsageError where there is no bundle; SpecError where one is too large or no plain file, or the manifest is
     missing.
     """
-    try:
-        with _opened(path) as members:
-            return _unlisted(members)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from None
+    with _opened(path) as members:
+        return _unlisted(members)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[_Members]:
-    if path.is_dir():
-        yield _Folder(path)
-        return
-    if not path.exists():
-        raise UsageError(f"no bundle at {path}")
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise SpecError(f"{path}: no folder and no plain file")
-        yield archive.Archive(file, str(path))
+    try:
+        if path.is_dir():
+            yield _Folder(path)
+            return
+        if not path.exists():
+            raise UsageError(f"no bundle at {path}")
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise SpecError(f"{path}: no folder and no plain file")
+            yield archive.Archive(file, str(path))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from None
 
 
 def _unlisted(members: _Members) -> dict[str, bytes]:
-    found = {}
-    for name, limit in ((MANIFEST, MANIFEST_LIMIT), (PROVENANCE, PROVENANCE_LIMIT)):
-        if name == MANIFEST or members.holds(name):
-            found[name] = members.read(name, limit)
-            if len(found[name]) > limit:
-                raise SpecError(f"{members.where}: {name} is larger than {limit:,} bytes")
-    return found
+    found = {MANIFEST: _bounded(members, MANIFEST)}
+    return {**found, PROVENANCE: _bounded(members, PROVENANCE)} if members.holds(PROVENANCE) else found
+
+
+def _bounded(members: _Members, name: str) -> bytes:
+    data, limit = members.read(name, LIMITS[name]), LIMITS[name]
+    if len(data) > limit:
+        raise SpecError(f"{members.where}: {name} is larger than {limit:,} bytes")
+    return data
 
 
 def _checked(members: _Members) -> Bundle:
@@ -305,7 +304,7 @@ def _manifest(where: str, listing: bytes) -> Manifest:
 
 def _forbidden(names: Iterable[str]) -> str | None:
     """A name that a bundle cannot hold, if there is one: no name of a file below it, or taken on some file system."""
-    taken = set(UNLISTED)
+    taken = {*UNLISTED}
     for name in names:
         if not _NAME.fullmatch(name) or name.casefold() in taken:
             return name
@@ -326,13 +325,12 @@ def _verified(members: _Members, name: str, file: File) -> bytes:
         raise SpecError(f"{members.where}: {name} was changed: its SHA-256 is not that of {MANIFEST}")
     return data
 
+    def holds(self, name: str) -> bool:
+        return os.path.lexists(self.folder / name)
 
 class _Folder:
     def __init__(self, folder: Path):
         self.folder, self.where = folder, str(folder)
-
-    def holds(self, name: str) -> bool:
-        return os.path.lexists(self.folder / name)
 
     def strays(self, listed: set[str]) -> Iterator[str]:
         """Everything in the folder that is neither a listed plain file nor a folder above one."""
@@ -345,6 +343,9 @@ class _Folder:
                 if not (stat.S_ISDIR(mode) and path in folders or stat.S_ISREG(mode) and path in listed):
                     yield path
             below[:] = [name for name in below if str(here / name) in folders]
+
+    def holds(self, name: str) -> bool:
+        return os.path.lexists(self.folder / name)
 
     def read(self, name: str, limit: int) -> bytes:
         """At most `limit` + 1 bytes of a plain file: never a link's target, never a pipe."""

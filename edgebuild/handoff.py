@@ -1,30 +1,31 @@
-"""What a build hands over beside the artifact: test vectors with a tolerance, what the manifest says, code for apps."""
+"""What a build hands over beside the artifact: test vectors with a tolerance, and what the manifest says."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace as replaced
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgebuild import __version__, bundle, cache, integration
+from edgebuild import __version__, bundle, cache, integration, settings
 from edgebuild.attempt import HOST, Attempt
-from edgebuild.backends import pte, xnnpack
+from edgebuild.backends import pte
+from edgebuild.backends.xnnpack import memory_orders
 from edgebuild.devices import Arrays, as_file, host
 from edgebuild.environment import versions
 from edgebuild.errors import DeviceError
 from edgebuild.integration import TensorInfo
 from edgebuild.load import Loaded
-from edgebuild.manifest import Artifact, Budget, Contents, Output, Provenance, Runtime, Vectors, Verdict, sha256
+from edgebuild.manifest import Artifact, Budget, Contents, Input, Output, Provenance, Runtime, Vectors, Verdict, sha256
 from edgebuild.manifest import Profile as Built
-from edgebuild.spec import Artifact as Lowered
 from edgebuild.spec import Finding, Profile, Report
 from edgebuild.verify import to_arrays
 
+EAGER = "eager PyTorch, as lowered"
 VECTORS = "vectors.safetensors"
 SAMPLES = 8
 SLACK = 2.0  # on the largest difference that was seen
@@ -35,8 +36,7 @@ ROUNDING = 1e-6  # of the largest value: some 8 units in the last place of fp32
 class Sampled:
     """Inputs of the task with the outputs to expect, the tolerance of each output, and ExecuTorch's form of them.
 
-    `bundled` is empty where there is none; `findings` say why where there could be. `requirements` are those of
-    `pte.requirements`.
+    `bundled` is empty where there is none; `findings` say why where there could be.
     """
 
     inputs: Sequence[Arrays]
@@ -46,18 +46,19 @@ class Sampled:
     tolerance: str
     bundled: bytes = field(default=b"", repr=False)
     findings: tuple[Finding, ...] = ()
-    requirements: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
 
 def sample(best: Attempt, loaded: Loaded) -> Sampled:
-    """Take the test vectors of what was built: the artifact's outputs on the host, eager PyTorch's without a host.
+    """Take the test vectors of what was built: the artifact's outputs on the host, eager PyTorch's where they differ.
 
     `atol` of an output is twice the largest difference between these and all others that are known, of eager PyTorch
-    and of the artifact on each target, over all samples that were compared.
+    and of the artifact on each target that agrees with it, over all samples that were compared.
     """
-    known: dict[str, Sequence[Arrays]] = {"eager PyTorch, as lowered": best.built.expected, **best.outputs}
-    expected: Literal["artifact", "eager"] = "artifact" if "host" in best.outputs else "eager"
-    reference = known.pop("host" if expected == "artifact" else "eager PyTorch, as lowered")
+    wrong = {row.target for row in best.parity if not row.ok}
+    right = {name: outputs for name, outputs in best.outputs.items() if name not in wrong}
+    known: dict[str, Sequence[Arrays]] = {EAGER: best.built.expected, **right}
+    expected: Literal["artifact", "eager"] = "artifact" if "host" in right else "eager"
+    reference = known.pop("host" if expected == "artifact" else EAGER)
     atol = tuple(_tolerance(i, reference, list(known.values())) for i in range(len(reference[0])))
     seen = f"the largest difference from {', '.join(known)} over {len(reference)} samples" if known else "rounding"
     tolerance = f"{SLACK:g} times {seen}, at least {ROUNDING:g} of the largest value"
@@ -68,7 +69,7 @@ def sample(best: Attempt, loaded: Loaded) -> Sampled:
         return sampled
     program = best.built.artifact.data
     data, findings = _bundled(program, inputs, outputs, max(atol))
-    return replace(sampled, bundled=data, findings=findings, requirements=pte.requirements(program))
+    return replace(sampled, bundled=data, findings=findings)
 
 
 def _tolerance(i: int, reference: Sequence[Arrays], others: Sequence[Sequence[Arrays]]) -> float:
@@ -104,19 +105,19 @@ def vectors(made: Report, sampled: Sampled) -> dict[str, bytes]:
     return {**files, _bundled_name(made): sampled.bundled} if sampled.bundled else files
 
 
-def describe(
-    made: Report, loaded: Loaded, profile: Profile, sampled: Sampled, plan: bytes, profile_file: bytes
-) -> Contents:
-    """What the manifest says of a build, whose plan and profile are given as their files."""
+def describe(made: Report, loaded: Loaded, profile: Profile, sampled: Sampled, files: Mapping[str, bytes]) -> Contents:
+    """What the manifest says of a build, of whose bundle the artifact, the plan and the profile are among `files`."""
+    program = files[made.artifact]
     runtime: Literal["executorch", "torchscript"] = "executorch" if profile.artifact == "pte" else "torchscript"
-    operators, backends = sampled.requirements
+    operators, backends = pte.requirements(program) if runtime == "executorch" else ((), ())
+    takes, gives = memory_orders(program) if runtime == "executorch" else _plain(loaded)
     assert made.outcome != "infeasible"
     return Contents(
         edgebuild=__version__,
         task=made.task,
         artifact=Artifact(file=made.artifact, format=profile.artifact, sha256=made.artifact_sha256),
-        inputs=loaded.inputs,
-        outputs=_outputs(loaded.outputs, sampled),
+        inputs=tuple(replaced(port, dim_order=order) for port, order in zip(loaded.inputs, takes, strict=True)),
+        outputs=_outputs(loaded.outputs, sampled, gives),
         runtime=Runtime(
             name=runtime,
             version=versions()["executorch" if runtime == "executorch" else "torch"],
@@ -149,30 +150,10 @@ def describe(
             calibration=_digest(
                 (f"{s}.{i}", x) for s, sample in enumerate(loaded.samples) for i, x in enumerate(sample)
             ),
-            plan=sha256(plan),
-            profile=sha256(profile_file),
+            plan=sha256(files["plan.json"]),
+            profile=sha256(files[settings.PROFILE]),
             versions=dict(versions()),
         ),
-    )
-
-
-def code(contents: Contents, artifact: Lowered) -> dict[str, bytes]:
-    """The files of the integration code, by their names in the bundle."""
-    plain: tuple[list[tuple[int, ...]], ...] = ([()] * len(contents.inputs), [()] * len(contents.outputs))
-    takes, gives = xnnpack.memory_orders(artifact.data) if artifact.kind == "pte" else plain
-    inputs = tuple(
-        TensorInfo(each.name, each.shape, each.dtype, order, each.layout, each.normalization)
-        for each, order in zip(contents.inputs, takes, strict=True)
-    )
-    outputs = tuple(
-        TensorInfo(each.name, each.shape, each.dtype, order, each.layout, labels=each.labels, atol=each.atol)
-        for each, order in zip(contents.outputs, gives, strict=True)
-    )
-    runtime = contents.runtime.version.partition("+")[0]
-    return integration.files(
-        integration.Model(
-            contents.task, artifact.kind, contents.artifact.file, runtime, inputs, outputs, contents.vectors.samples
-        )
     )
 
 
@@ -180,11 +161,36 @@ def _bundled_name(made: Report) -> str:
     return f"{Path(made.artifact).stem}.bpte"
 
 
-def _outputs(named: Sequence[Output], sampled: Sampled) -> tuple[Output, ...]:
+Orders = Sequence[tuple[int, ...]]
+
+
+def _outputs(named: Sequence[Output], sampled: Sampled, orders: Orders) -> tuple[Output, ...]:
     return tuple(
-        msgspec.structs.replace(output, shape=y.shape, dtype=str(y.dtype), atol=atol)
-        for output, y, atol in zip(named, sampled.outputs[0], sampled.atol, strict=True)
+        replaced(output, shape=y.shape, dtype=str(y.dtype), dim_order=order, atol=atol)
+        for output, y, order, atol in zip(named, sampled.outputs[0], orders, sampled.atol, strict=True)
     )
+
+
+def _plain(loaded: Loaded) -> tuple[Orders, Orders]:
+    inputs, outputs = ([tuple(range(len(port.shape))) for port in ports] for ports in (loaded.inputs, loaded.outputs))
+    return inputs, outputs
+
+
+def model(said: Contents) -> integration.Model:
+    """What the integration code is made for."""
+    return integration.Model(
+        task=said.task,
+        kind=said.artifact.format,
+        artifact=said.artifact.file,
+        runtime=said.runtime.version.partition("+")[0],
+        inputs=tuple(_tensor(port, normalization=port.normalization) for port in said.inputs),
+        outputs=tuple(_tensor(port, labels=port.labels, atol=port.atol) for port in said.outputs),
+        samples=said.vectors.samples,
+    )
+
+
+def _tensor(port: Input | Output, **more: Any) -> TensorInfo:
+    return TensorInfo(port.name, port.shape, port.dtype, port.dim_order, port.layout, **more)
 
 
 def _weights(loaded: Loaded) -> str:

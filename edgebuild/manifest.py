@@ -56,13 +56,15 @@ class Normalization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Input(_Strict, frozen=True, kw_only=True):
     """An input, in the order of the call. `layout` names the dimensions ("NCHW"), "" where the task does not say.
 
-    The data lies contiguous in the order of the dimensions. `normalization` is None where the task gives none.
+    `dim_order`: the dimensions as the data lies in memory, outermost first; (0, 2, 3, 1) is PyTorch's channels_last.
+    `normalization` is None where the task gives none.
     """
 
     name: str
     shape: tuple[Dimension, ...]
     dtype: DType
     layout: str = ""
+    dim_order: tuple[Dimension, ...] = ()
     normalization: Normalization | None = None
 
 
@@ -76,6 +78,7 @@ class Output(_Strict, frozen=True, kw_only=True):
     shape: tuple[Dimension, ...]
     dtype: DType
     layout: str = ""
+    dim_order: tuple[Dimension, ...] = ()
     labels: tuple[str, ...] = ()
     atol: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
@@ -123,7 +126,7 @@ class Vectors(_Strict, frozen=True, kw_only=True):
     """The test vectors, `samples` of the task's own inputs with the outputs to expect.
 
     `expected` says whose outputs these are: the artifact's on the machine that built it, or eager PyTorch's where it
-    does not run there. `tolerance` says what `atol` of the outputs was derived from. `bundled_program` holds the same
+    does not run there, or differs too much. `tolerance` says what `atol` of the outputs was derived from. `bundled_program` holds the same
     vectors inside ExecuTorch's own format, "" where there is none.
     """
 

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import fx
 
-from edgebuild import bundle, cache, catalog, costs, handoff, report, settings, students, upkeep
+from edgebuild import bundle, cache, catalog, costs, handoff, integration, report, settings, students, upkeep
 from edgebuild.attempt import Attempt, Original, take_original
 from edgebuild.base import Base, lifted_digest, prepare
 from edgebuild.clock import Clock, Tell
@@ -125,9 +125,8 @@ def build(request: Request, tell: Tell) -> Report:
         clock.tell(f"writing {request.output}")
         assert found.best is not None and sampled is not None
         files = _files(made, found.best, sampled) | packed
-        contents = handoff.describe(made, loaded, profile, sampled, files["plan.json"], packed[settings.PROFILE])
-        files |= handoff.code(contents, found.best.built.artifact)
-        bundle.write(request.output, files, contents)
+        contents = handoff.describe(made, loaded, profile, sampled, files)
+        bundle.write(request.output, files | integration.files(handoff.model(contents)), contents)
     entries, size = upkeep.trim()
     if entries:
         clock.tell(f"removed {entries} entries, {Bytes(size)}, from the cache: it may hold {upkeep.bound()}")

@@ -75,8 +75,8 @@ MAY_IMPORT["loop"] = STAGES | {"attempt"}
 MAY_IMPORT["handoff"] = STAGES | {"attempt"}
 MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop", "handoff"}
 MAY_IMPORT["preview"] = STAGES | {"pipeline"}
-MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "handoff", "pipeline", "preview"}
 MAY_IMPORT["pytest_plugin"] = {"errors", "bundle", "settings", "checking", "report"}
+MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "handoff", "pipeline", "preview"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 FRAMEWORKS = {"torch", "accelerate", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}

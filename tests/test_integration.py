@@ -15,6 +15,7 @@ import torch
 import tree_sitter
 import tree_sitter_kotlin
 import tree_sitter_swift
+from bundles import contents
 from executorch.runtime import Runtime
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,7 +91,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     inputs = [tuple(x.contiguous().numpy() for x in sample) for sample in samples]
     folder = tmp_path_factory.mktemp("bundle") / "net"
     code = integration.files(model_of([*takes, *gives]))
-    bundle.write(folder, {"net.pte": artifact.data, "vectors.safetensors": bundle.vectors(inputs, outputs), **code})
+    files = {"net.pte": artifact.data, "vectors.safetensors": bundle.vectors(inputs, outputs), **code}
+    bundle.write(folder, files, contents(files))
     return Made(folder, inputs, outputs)
 
 
@@ -269,4 +271,5 @@ def test_any_name_becomes_an_identifier(given: list[str]) -> None:
 
 @pytest.mark.parametrize("task", [*HOSTILE, "x" * 500, "model", "../../etc"])
 def test_any_task_gives_names_that_a_bundle_takes(task: str, tmp_path: Path) -> None:
-    bundle.write(tmp_path / "b", integration.files(replace(model_of([()] * 4), task=task)))
+    files = integration.files(replace(model_of([()] * 4), task=task))
+    bundle.write(tmp_path / "b", files, contents(files))

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgebuild.backends.xnnpack import memory_orders
+
 Arrays = tuple[NDArray, ...]
 
 
@@ -29,7 +31,8 @@ def bundled(data: bytes, inputs: Sequence[Arrays], outputs: Sequence[Arrays]) ->
     from executorch.devtools.bundled_program.config import MethodTestCase, MethodTestSuite
     from executorch.devtools.bundled_program.serialize import serialize_from_bundled_program_to_flatbuffer
 
-    cases = [MethodTestCase(_tensors(x), _tensors(y)) for x, y in zip(inputs, outputs, strict=True)]
+    takes, gives = memory_orders(data)
+    cases = [MethodTestCase(_tensors(x, takes), _tensors(y, gives)) for x, y in zip(inputs, outputs, strict=True)]
     with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
         path = Path(folder) / "program.pte"
         path.write_bytes(data)
@@ -37,6 +40,9 @@ def bundled(data: bytes, inputs: Sequence[Arrays], outputs: Sequence[Arrays]) ->
         return bytes(serialize_from_bundled_program_to_flatbuffer(program))
 
 
-def _tensors(arrays: Arrays) -> list[torch.Tensor]:
-    # copies: what is written is a tensor's whole storage
-    return [torch.from_numpy(np.array(array, order="C")) for array in arrays]
+def _tensors(arrays: Arrays, orders: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Tensors that lie in memory as the program's do, each with a storage of its own, which is written as a whole."""
+    return [
+        torch.from_numpy(np.array(array.transpose(order), order="C")).permute(*np.argsort(order).tolist())
+        for array, order in zip(arrays, orders, strict=True)
+    ]
