@@ -325,8 +325,6 @@ def _verified(members: _Members, name: str, file: File) -> bytes:
         raise SpecError(f"{members.where}: {name} was changed: its SHA-256 is not that of {MANIFEST}")
     return data
 
-    def holds(self, name: str) -> bool:
-        return os.path.lexists(self.folder / name)
 
 class _Folder:
     def __init__(self, folder: Path):

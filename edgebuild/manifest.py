@@ -126,8 +126,8 @@ class Vectors(_Strict, frozen=True, kw_only=True):
     """The test vectors, `samples` of the task's own inputs with the outputs to expect.
 
     `expected` says whose outputs these are: the artifact's on the machine that built it, or eager PyTorch's where it
-    does not run there, or differs too much. `tolerance` says what `atol` of the outputs was derived from. `bundled_program` holds the same
-    vectors inside ExecuTorch's own format, "" where there is none.
+    does not run there, or differs too much. `tolerance` says what `atol` of the outputs was derived from.
+    `bundled_program` holds the same vectors inside ExecuTorch's own format, "" where there is none.
     """
 
     file: str
