@@ -111,14 +111,24 @@ def run(command: list, folder: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+APP = """
+cmake_minimum_required(VERSION 3.19)
+project(app LANGUAGES CXX)
+add_subdirectory("{code}" model)
+add_executable(my_net_model_check "{code}/check.cpp")
+target_link_libraries(my_net_model_check PRIVATE my_net_model)
+"""
+
+
 @pytest.fixture(scope="module")
 def native(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         cxx, root = toolchain.native_compiler(), toolchain.native_sdk()
     except MissingEnvironment as missing:
         pytest.skip(str(missing))
-    folder = tmp_path_factory.mktemp("native")
-    return build(made.folder / "integration/cpp", folder, f"-DCMAKE_CXX_COMPILER={cxx}", f"-DEXECUTORCH_ROOT={root}")
+    app = tmp_path_factory.mktemp("app")  # adds the folder to a project of its own, as apps do
+    (app / "CMakeLists.txt").write_text(APP.format(code=made.folder / "integration/cpp"))
+    return build(app, app / "build", f"-DCMAKE_CXX_COMPILER={cxx}", f"-DEXECUTORCH_ROOT={root}")
 
 
 # ----------------------------------------------------------------------------------------------------------- C++
@@ -237,7 +247,7 @@ def test_the_same_model_gives_the_same_bytes() -> None:
 def test_the_readme_says_what_the_app_has_to_do(made: Made) -> None:
     text = (made.folder / "integration/README.md").read_text()
     assert "| input 0 | `class` | int64 | 1 x 7 |  | C order |" in text
-    assert "| input 1 | `Ein Bild` | float32 | 1 x 3 x 8 x 6 | NCHW | dimensions 0, 2, 3, 1 |" in text
+    assert "| input 1 | `Ein Bild` | float32 | 1 x 3 x 8 x 6 | `NCHW` | dimensions 0, 2, 3, 1 |" in text
     assert f"Prepare `Ein Bild` as (x * {1 / 255} - mean) / std, by channel: mean 0.5; std 0.25, 0.5, 1.0." in text
     assert "Prepare `class` as the task's calibration inputs were" in text
     assert text.count("**Not compiled by edgebuild**") == 2
