@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgebuild import __version__
+from edgebuild import __version__, github
 from edgebuild.errors import BudgetBroken, EdgebuildError, Infeasible, MissingEnvironment, UsageError
 
 app = typer.Typer(
@@ -55,7 +55,10 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except EdgebuildError as error:
-        _say(f"error: {' '.join(str(error).split())}")
+        line = " ".join(str(error).split())
+        _say(f"error: {line}")
+        if github.active():
+            print(github.command("error", "edgebuild", line))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _say("interrupted: nothing was written")
@@ -389,7 +392,7 @@ def check(
     from rich.console import Console
 
     from edgebuild import bundle as bundles
-    from edgebuild import checking, github, report, settings
+    from edgebuild import checking, report, settings
     from edgebuild.report import gate
 
     _check_inconclusive(inconclusive)
@@ -431,7 +434,7 @@ def diff(
     """
     from rich.console import Console
 
-    from edgebuild import bundle, github, report, settings
+    from edgebuild import bundle, report, settings
     from edgebuild.diff import diff as compare
     from edgebuild.diff import parse
     from edgebuild.report import gate
