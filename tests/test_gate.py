@@ -32,9 +32,9 @@ def folder(made, tmp_path_factory) -> Path:
     """A workspace with two bundles, the second one with a name that a careless script would run."""
     workspace = tmp_path_factory.mktemp("workspace")
     bundle.write(workspace / "old", made.files)
-    slower = made.report.size - 4096
+    smaller = made.report.size - 4096
     bundle.write(workspace / "$(touch pwned); new", made.files)
-    bundle.write(workspace / "smaller", made.changed(size=slower))
+    bundle.write(workspace / "smaller", made.changed(size=smaller))
     command = workspace / "bin" / "edgebuild"
     command.parent.mkdir()
     command.write_text(COMMAND)
