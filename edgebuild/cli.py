@@ -381,6 +381,10 @@ def check(
     json: JsonOption = None,
     markdown: MarkdownOption = None,
     junit: Annotated[Path | None, typer.Option(help="Also write a JUnit report here.")] = None,
+    require_signature: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="KEY", help="Refuse a bundle that none of these public keys has signed. Repeatable."),
+    ] = None,
     inconclusive: InconclusiveOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the report.")] = False,
 ) -> None:
@@ -396,7 +400,12 @@ def check(
     from edgebuild.report import gate
 
     _check_inconclusive(inconclusive)
-    files = bundles.read(bundle)
+    if require_signature:
+        from edgebuild import signing
+
+        files = signing.verify(bundle, require_signature).files
+    else:
+        files = bundles.read(bundle)
     chosen = settings.read(files, profile or "", device or ())
     with github.plain():
         made = checking.check(files, chosen, (lambda message, seconds: None) if quiet else _progress, not device)
