@@ -87,6 +87,8 @@ def check(files: Mapping[str, bytes], settings: Settings, tell: Tell, here: bool
     name, artifact, profile = built["artifact"], _file(files, built["artifact"]), settings.profile
     if hashlib.sha256(artifact).hexdigest() != built["artifact_sha256"]:
         raise SpecError(f"{name} is not the artifact that report.json is about", "build it again")
+    if built["plan"] is None:
+        raise SpecError("report.json has no plan, so nothing was built by it", "build it again")
     if not name.endswith(SUFFIXES[profile.artifact]):
         raise UsageError(f"{profile.name} is a profile for {profile.artifact}, and the bundle holds {name}")
     samples = bundle.read_vectors(_file(files, "vectors.safetensors"))
@@ -120,7 +122,7 @@ def check(files: Mapping[str, bytes], settings: Settings, tell: Tell, here: bool
         build_id=built["build_id"],
         verdicts=verdicts,
         intervals=tuple(row for one in found.values() for row in one.intervals),
-        reported=msgspec.convert(built["verdicts"], tuple[Verdict, ...]),
+        reported=_converted(built["verdicts"], tuple[Verdict, ...]),
         parity=parity,
         measurements=tuple(row for one in found.values() for row in one.measurements),
         findings=findings,
@@ -133,6 +135,13 @@ def _file(files: Mapping[str, bytes], name: str) -> bytes:
     if name not in files:
         raise SpecError(f"the bundle has no {name or 'artifact'}", "build it again")
     return files[name]
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:  # a figure that was not finite is null in the JSON
+        raise SpecError(f"report.json: {error}") from None
 
 
 def _ready(target: Target) -> None:
@@ -252,9 +261,9 @@ def _delegated(built: Mapping[str, Any]) -> float | None:
 def _accuracy(budget: Budget, built: Mapping[str, Any]) -> Verdict:
     """The build's own score: the artifact is the same to the byte, and scoring it again takes data and code."""
     scored = built["accuracy"]
-    if scored is None or scored["drop"] is None or scored["original"] is None:
+    if scored is None:
         return judge.accuracy_verdict(budget, None, "the build scored no metric")
-    verdict = judge.accuracy_verdict(budget, msgspec.convert(scored, Accuracy), "")
+    verdict = judge.accuracy_verdict(budget, _converted(scored, Accuracy), "")
     note = f"scored by the build over {scored['samples']:,} samples; not measured again"
     return replace(verdict, method="reported", note=f"{note}; {verdict.note}" if verdict.note else note)
 

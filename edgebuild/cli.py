@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgebuild import __version__
+from edgebuild import __version__, github
 from edgebuild.errors import BudgetBroken, EdgebuildError, Infeasible, MissingEnvironment, UsageError
 
 app = typer.Typer(
@@ -55,7 +55,10 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except EdgebuildError as error:
-        _say(f"error: {' '.join(str(error).split())}")
+        line = " ".join(str(error).split())
+        _say(f"error: {line}")
+        if github.active():
+            print(github.command("error", "edgebuild", line))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _say("interrupted: nothing was written")
@@ -409,6 +412,10 @@ def check(
     json: JsonOption = None,
     markdown: MarkdownOption = None,
     junit: Annotated[Path | None, typer.Option(help="Also write a JUnit report here.")] = None,
+    require_signature: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="KEY", help="Refuse a bundle that none of these public keys has signed. Repeatable."),
+    ] = None,
     inconclusive: InconclusiveOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the report.")] = False,
 ) -> None:
@@ -420,11 +427,16 @@ def check(
     from rich.console import Console
 
     from edgebuild import bundle as bundles
-    from edgebuild import checking, github, report, settings
+    from edgebuild import checking, report, settings
     from edgebuild.report import gate
 
     _check_inconclusive(inconclusive)
-    files = bundles.read(bundle)
+    if require_signature:
+        from edgebuild import signing
+
+        files = signing.verify(bundle, require_signature).files
+    else:
+        files = bundles.read(bundle)
     chosen = settings.read(files, profile or "", device or ())
     with github.plain():
         made = checking.check(files, chosen, (lambda message, seconds: None) if quiet else _progress, not device)
@@ -462,7 +474,7 @@ def diff(
     """
     from rich.console import Console
 
-    from edgebuild import bundle, github, report, settings
+    from edgebuild import bundle, report, settings
     from edgebuild.diff import diff as compare
     from edgebuild.diff import parse
     from edgebuild.report import gate

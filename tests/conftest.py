@@ -247,15 +247,8 @@ class Made:
 
 
 @pytest.fixture(scope="session")
-def made(
-    small_net: nn.Module,
-    image: tuple[Tensor, ...],
-    images: list[tuple[Tensor, ...]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Made:
-    """SmallNet lowered as it is. A build would take a minute; its figures in the report are made up."""
-    lifted = lift(small_net, image)
-    artifact = BACKENDS["pte"].lower(lifted, image)
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A bundle's report and profile, with figures that are made up, and no artifact."""
     profile = tmp_path_factory.mktemp("profile") / "bench.toml"
     profile.write_text(HOST_PROFILE)
     written = Report(
@@ -265,9 +258,9 @@ def made(
         profile="bench",
         targets=("host",),
         artifact="small.pte",
-        artifact_sha256=hashlib.sha256(artifact.data).hexdigest(),
-        size=len(artifact.data),
-        original_size=len(artifact.data),
+        artifact_sha256="0" * 64,
+        size=100_000,
+        original_size=400_000,
         plan=Plan(precision="fp32"),
         verdicts=(Verdict("latency", "host", 10.0, 0.001, 0.002, "measured", 0.9998, "pass"),),
         accuracy=Accuracy("accuracy", 0.98, 0.97, 500, None, None, 0.01),
@@ -275,7 +268,7 @@ def made(
         measurements=(
             Measurement("host", "latency", 0.002, "measured", runs=900),
             Measurement("pixel-3a", "latency", 0.004, "simulated", 0.2),
-            Measurement("", "min_delegated", artifact.share_delegated, "counted"),
+            Measurement("", "min_delegated", 1.0, "counted"),
         ),
         original_measurements=(),
         layers=(LayerRow("stem", "conv2d", "", "fp32", (448, 448), (27648, 27648), {"host": 1e-5}, 0.0),),
@@ -290,7 +283,17 @@ def made(
         environment={**versions(), "machine": machine(), "inputs": "abc"},
         build_id="0123456789abcdef",
     )
+    return Made({"report.json": report.to_json(written).encode()} | settings.pack(str(profile)), written)
+
+
+@pytest.fixture(scope="session")
+def made(paper: Made, image: tuple[Tensor, ...], images: list[tuple[Tensor, ...]]) -> Made:
+    """A bundle with a real artifact and its test vectors; a build would take a minute."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
+    lifted = lift(model, image)
+    data = BACKENDS["pte"].lower(lifted, image).data
     vectors = bundle.vectors([verify.to_arrays(x) for x in images[:8]], verify.eager(lifted, images[:8]))
-    text = report.to_json(written)
-    files = {"small.pte": artifact.data, "report.json": text.encode(), "vectors.safetensors": vectors}
-    return Made(files | settings.pack(str(profile)), written)
+    written = replace(paper.report, artifact_sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    text = report.to_json(written).encode()
+    return Made(paper.files | {"small.pte": data, "report.json": text, "vectors.safetensors": vectors}, written)

@@ -86,6 +86,7 @@ def test_what_contradicts_itself_is_refused_before_anything_runs(made, tmp_path)
     for files, message in (
         (made.changed(artifact_sha256="0" * 64), "is not the artifact that report.json is about"),
         (made.changed(artifact="other.pte"), "no other.pte"),
+        (made.changed(plan=None), "has no plan"),
         (made.files | {"vectors.safetensors": save({})}, "no test vectors"),
         ({"report.json": made.files["report.json"]}, "no small.pte"),
     ):

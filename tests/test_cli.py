@@ -234,6 +234,10 @@ def test_build_twice_then_no_op_then_touch(tmp_path):
         (artifact,) = folder.glob("*.pte")
         bundles.append((artifact.read_bytes(), (folder / "plan.json").read_bytes()))
     assert bundles[0] == bundles[1]
+    same = run("diff", "out1", "out2", "--max-regression", "size=0 B", cwd=tmp_path)
+    assert same.returncode == 0 and "The artifact is the same to the byte" in same.stdout, same.stderr
+    checked = run("check", "out2", "--quiet", cwd=tmp_path)
+    assert checked.returncode == result.returncode, checked.stdout + checked.stderr
     plan = msgspec.json.decode(bundles[0][1], type=Plan)
     assert plan.widths or plan.forms, "14 KiB needs more than 4 bits"
     again = run("build", ".", "-p", "p.toml", "-o", "out2", cwd=tmp_path)

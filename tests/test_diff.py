@@ -21,8 +21,8 @@ def figure(found, kind, target=""):
     return next(row for row in found.figures if (row.kind, row.target) == (kind, target))
 
 
-def latency(made, host, phone=0.004):
-    _, _, delegated = made.report.measurements
+def latency(paper, host, phone=0.004):
+    _, _, delegated = paper.report.measurements
     return (
         Measurement("host", "latency", host, "measured", runs=900),
         Measurement("pixel-3a", "latency", phone, "simulated", 0.2),
@@ -30,8 +30,8 @@ def latency(made, host, phone=0.004):
     )
 
 
-def test_a_bundle_does_not_differ_from_itself(made):
-    found = compare(made.files, made.files, "latency=0%", "size=0 B", "accuracy_drop=0 points")
+def test_a_bundle_does_not_differ_from_itself(paper):
+    found = compare(paper.files, paper.files, "latency=0%", "size=0 B", "accuracy_drop=0 points")
     assert found.outcome == "met" and found.same_artifact
     assert all(row.worse == 0 and not row.exceeded for row in found.figures)
     assert not (found.budgets or found.plan or found.layers or found.operators or found.versions)
@@ -55,43 +55,43 @@ def test_a_bundle_does_not_differ_from_itself(made):
         ("accuracy_drop=0 points", 0, 0.002, 0.98, False),
     ],
 )
-def test_a_regression_is_held_against_what_is_allowed(made, limit, size, host, accuracy, exceeded):
-    new = made.changed(
-        size=made.report.size + size,
-        measurements=latency(made, host),
-        accuracy=replace(made.report.accuracy, artifact=accuracy),
+def test_a_regression_is_held_against_what_is_allowed(paper, limit, size, host, accuracy, exceeded):
+    new = paper.changed(
+        size=paper.report.size + size,
+        measurements=latency(paper, host),
+        accuracy=replace(paper.report.accuracy, artifact=accuracy),
     )
-    found = compare(made.files, new, limit)
+    found = compare(paper.files, new, limit)
     assert found.outcome == ("broken" if exceeded else "met")
     assert [row.limit for row in found.figures if row.exceeded] == ([limit.replace("= ", "=")] if exceeded else [])
     assert bool(gate.diff_problems(decoded(found))) == exceeded
 
 
-def test_throughput_and_delegation_are_worse_where_they_are_less(made):
+def test_throughput_and_delegation_are_worse_where_they_are_less(paper):
     rows = (Measurement("host", "throughput", 500.0, "measured"), Measurement("", "min_delegated", 1.0, "counted"))
     worse = (replace(rows[0], value=400.0), replace(rows[1], value=0.9))
-    found = compare(made.changed(measurements=rows), made.changed(measurements=worse), "throughput=10%")
+    found = compare(paper.changed(measurements=rows), paper.changed(measurements=worse), "throughput=10%")
     assert figure(found, "throughput", "host").share == pytest.approx(0.2) and found.outcome == "broken"
     assert figure(found, "min_delegated").worse == pytest.approx(0.1) and not figure(found, "min_delegated").exceeded
 
 
 @pytest.mark.parametrize("reason", ["machine", "method", "threads", "target", "missing"])
-def test_figures_that_cannot_be_compared_say_why(made, reason):
-    new, profile = made.files, settings.read(made.files).profile
+def test_figures_that_cannot_be_compared_say_why(paper, reason):
+    new, profile = paper.files, settings.read(paper.files).profile
     phone = "targets/pixel-3a.toml"
     if reason == "machine":
-        new = made.changed(environment={**made.report.environment, "machine": "another"})
+        new = paper.changed(environment={**paper.report.environment, "machine": "another"})
     elif reason == "method":
-        new = made.changed(measurements=(replace(made.report.measurements[0], method="estimated"),))
+        new = paper.changed(measurements=(replace(paper.report.measurements[0], method="estimated"),))
     elif reason == "threads":
         profile = replace(profile, threads=2)
     elif reason == "target":
-        text = made.files["targets/host.toml"].replace(b'status = "measured"', b'status = "validated"')
-        new = made.files | {"targets/host.toml": text}
+        text = paper.files["targets/host.toml"].replace(b'status = "measured"', b'status = "validated"')
+        new = paper.files | {"targets/host.toml": text}
     else:
-        new = made.changed(measurements=())
+        new = paper.changed(measurements=())
     assert phone not in new
-    found = compare(made.files, new, "latency=5%", profile=profile)
+    found = compare(paper.files, new, "latency=5%", profile=profile)
     row = figure(found, "latency", "host")
     assert row.worse is None and not row.exceeded
     words = {
@@ -104,28 +104,28 @@ def test_figures_that_cannot_be_compared_say_why(made, reason):
         assert [finding.what for finding in found.findings if finding.kind == "skipped"]
 
 
-def test_a_limit_on_what_no_bundle_has_is_not_met(made):
-    found = compare(made.files, made.files, "latency_p99=5%")
+def test_a_limit_on_what_no_bundle_has_is_not_met(paper):
+    found = compare(paper.files, paper.files, "latency_p99=5%")
     assert found.outcome == "broken" and "latency p99" in found.summary
-    other = made.changed(accuracy=replace(made.report.accuracy, samples=100))
-    found = compare(made.files, other, "accuracy_drop=5 points")
+    other = paper.changed(accuracy=replace(paper.report.accuracy, samples=100))
+    found = compare(paper.files, other, "accuracy_drop=5 points")
     assert found.outcome == "broken" and "over 500 samples" in figure(found, "accuracy_drop").why
 
 
-def test_all_that_changed_is_listed(made):
+def test_all_that_changed_is_listed(paper):
     operator = OperatorTime("Add (ND) #1", 1e-6, {}, {}, 0, 0, 0, 0, 0, 1, 1)
-    timed = replace(made.report.measurements[1], operators=(operator, operator))
-    (stem,) = made.report.layers
-    new = made.changed(
+    timed = replace(paper.report.measurements[1], operators=(operator, operator))
+    (stem,) = paper.report.layers
+    new = paper.changed(
         plan=Plan(precision="int8", widths=(Width("stem", 12, 16),), keep_fp32=("classify",)),
         layers=(replace(stem, change="width 16 -> 12", precision="int8", parameters=(448, 336)),),
         measurements=(timed,),
-        environment={**made.report.environment, "torch": "2.14.0", "inputs": "def"},
+        environment={**paper.report.environment, "torch": "2.14.0", "inputs": "def"},
         findings=(Finding("fallback", "host", "not delegated: aten.cumsum"),),
         artifact_sha256="1" * 64,
         task="other",
     )
-    found = compare(made.files, new)
+    found = compare(paper.files, new)
     assert found.outcome == "met" and found.summary == "no limit was asked for" and not found.same_artifact
     assert {row.where for row in found.plan} == {"precision", "group stem", "layer classify precision"}
     assert [(row.where, row.new) for row in found.operators] == [("Add (ND) on pixel-3a", "2, 2 us")]
