@@ -48,7 +48,7 @@ def key(*parts: str | bytes) -> str:
     """SHA-256 over the parts, each with its length, as hex."""
     digest = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
@@ -254,7 +254,8 @@ def _sign(lock: int) -> None:
     name = Path(program).name if Path(program).name != "__main__.py" else "edgebuild"
     with suppress(OSError):  # a full disk
         os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {platform.node()} ({shlex.join([name, *arguments])})".encode(), 0)
+        text = f"process {os.getpid()} on {platform.node()} ({shlex.join([name, *arguments])})"
+        os.pwrite(lock, text.encode("utf-8", "surrogateescape"), 0)
 
 
 def _holder(lock: FileLock) -> str:

@@ -85,6 +85,7 @@ def _target(path: Path) -> tuple[Target, str]:
         if isinstance(cluster, dict) and isinstance(name := cluster.get("model"), str):
             cluster["model"] = load_core(name, path.parent)
     target: Target = _decode(table, Target, path)
+    _check_name(target.name, path)
     if target.device == "ssh":
         _check_remote(target, costs_of, path)
     elif target.ssh or costs_of:
@@ -97,6 +98,12 @@ def _target(path: Path) -> tuple[Target, str]:
     if target.calibration is not None:
         _check_calibration(target, target.calibration, path)
     return target, costs_of
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Folders and files are named after targets and profiles."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise SpecError(f"{path}: name = {name[:100]!r}", "use letters, digits, '.', '-' and '_'")
 
 
 def _check_calibration(target: Target, calibration: Calibration, path: Path) -> None:
@@ -196,6 +203,7 @@ def load_profile(name: str) -> Profile:
     if isinstance(training, dict) and "time" in training:
         training.setdefault("steps", 0)  # as many as fit into the time
     profile: Profile = replace(_decode({**table, "budgets": []}, Profile, path), budgets=budgets)
+    _check_name(profile.name, path)
     if not 1 <= profile.threads <= MOST_THREADS:
         raise SpecError(f"{path}: threads = {profile.threads} is not between 1 and {MOST_THREADS}")
     names = [beside(path, name) for name in profile.targets]

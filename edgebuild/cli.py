@@ -1,9 +1,12 @@
 """The commands: parse, call, print, exit. Whatever loads torch is imported inside the command that needs it."""
 
+import errno
+import io
 import os
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -27,7 +30,14 @@ app.add_typer(keys_app, name="keys")
 
 EXIT = {"met": 0, "broken": BudgetBroken.exit_code, "infeasible": Infeasible.exit_code}
 INTERRUPTED = 130
+STOPPED = "interrupted: nothing is left half-written"
+NO_READER = 141  # 128 + SIGPIPE
 BUG = 70  # EX_SOFTWARE: never the code of a broken budget
+# What a path or a disk is to blame for.
+_OF_THE_SYSTEM = {
+    getattr(errno, name)
+    for name in ["ENAMETOOLONG", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ELOOP", "EMFILE"]
+}
 
 TaskArgument = Annotated[
     str, typer.Argument(metavar="TASK", help="A Python file, a folder with task.py, a .pt2 file or torchvision:NAME.")
@@ -49,8 +59,13 @@ MarkdownOption = Annotated[Path | None, typer.Option(help="Also write a comment 
 
 def main() -> None:
     """Run the command line; every error that edgebuild raises on purpose ends in one line and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not None, as of a process without one
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # not at the very end, where nobody would answer for it
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
@@ -60,28 +75,42 @@ def main() -> None:
         if github.active():
             print(github.command("error", "edgebuild", line))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _say("interrupted: nothing was written")
-        sys.exit(INTERRUPTED)
-    except typer.Abort:
-        _say("interrupted: nothing was written")
+    except (KeyboardInterrupt, typer.Abort):
+        _say(STOPPED)
         sys.exit(INTERRUPTED)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:  # typer ends a Ctrl-C by itself, silently
-            _say("interrupted: nothing was written")
+            _say(STOPPED)
+        if isinstance(stop.__context__, BrokenPipeError):  # so do typer and rich, with the code of a broken budget
+            _leave()
         raise
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; that is no failure of ours
-        sys.exit(0)
+        _leave()
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own: usage
             error.show()
             sys.exit(error.exit_code)
+        if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+            _discard()
+            _say(f"error: {error.filename or 'the output cannot be written'}: {error.strerror}")
+            sys.exit(EdgebuildError.exit_code)
         import traceback
 
         traceback.print_exc()
         _say("error: this is a defect of edgebuild, not of your task; please report it with the lines above")
         sys.exit(BUG)
+
+
+def _leave() -> NoReturn:
+    """End as a program does whose reader went away, such as `head`."""
+    _discard()
+    sys.exit(NO_READER)
+
+
+def _discard() -> None:
+    """Let Python not try, and complain, again when it ends."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(line: str) -> None:
@@ -132,7 +161,10 @@ def build(
 
     Under a launcher of several processes (torchrun, accelerate launch) they train together.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    started = os.environ.get("WORLD_SIZE") or "1"
+    if not started.isdecimal():
+        raise UsageError(f"WORLD_SIZE={started!r} is no number of processes", "unset it, or use a launcher")
+    if int(started) > 1:
         from edgebuild.training import processes
 
         if processes.rank() > 0:
@@ -150,6 +182,7 @@ def build(
     name = Path(task.partition(":")[2] or task).resolve().stem
     folder = output or Path("build") / f"{name if name != 'task' else Path(task).resolve().parent.name}-{chosen.name}"
     bundle.check_writable(folder)
+    _check_writable(json)
     targets = catalog.targets_of(chosen)
     depends = cache.key(
         repr(chosen),
@@ -225,9 +258,28 @@ def _exit_code(made: Any, inconclusive: str, calibrated: bool) -> int:
     return EXIT[made.outcome]
 
 
+def _check_writable(path: Path | None) -> None:
+    """Raise the UsageError that `_write` would raise, before the long work."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder", "name a file in it")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {path.parent}", "make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"cannot write {path}: it is read-only", "name another file")
+
+
 def _write(path: Path, text: str) -> None:
+    """Write a file, whole or not at all; a link, such as /dev/stdout, and what is no plain file are written through."""
     try:
-        path.write_text(text, encoding="utf-8")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_text(text, encoding="utf-8")
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".edgebuild-") as scratch:
+            made = Path(scratch) / "made"
+            made.write_text(text, encoding="utf-8")
+            made.replace(path)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
@@ -280,6 +332,7 @@ def plan(
     """
     from rich.console import Console
 
+    _check_writable(output)
     _hush()
     from edgebuild import pipeline, preview
 
@@ -321,9 +374,9 @@ def init(
     starter = Path(__file__).with_name("starter.py.txt").read_text(encoding="utf-8")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(starter, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    _write(path, starter)
     print(
         f"{path} is written: it builds as it is; put your model in. Next: edgebuild build {folder} --profile mobile-cpu"
     )
@@ -379,7 +432,6 @@ def cache_clear(
     import difflib
 
     from edgebuild import cache, upkeep
-    from edgebuild.errors import UsageError
     from edgebuild.units import Bytes
 
     found = upkeep.entries()
@@ -620,7 +672,6 @@ def sign(
     Exit codes: 0 signed, 2 bad usage or input, 4 the library for signatures is missing.
     """
     from edgebuild import signing
-    from edgebuild.errors import UsageError
 
     given = os.environ.get("EDGEBUILD_SIGNING_KEY")  # not typer's: it would split a PEM at its spaces
     signers = [signing.signer(one, _passphrase) for one in key or ([given] if given else [])]
@@ -646,8 +697,6 @@ def verify_signature(
 
 
 def _passphrase(confirm: bool = False) -> bytes:
-    from edgebuild.errors import UsageError
-
     given = os.environ.get("EDGEBUILD_SIGNING_PASSPHRASE")
     if not given and not sys.stdin.isatty():
         raise UsageError("the key needs a passphrase, and nobody is there to ask", "set EDGEBUILD_SIGNING_PASSPHRASE")

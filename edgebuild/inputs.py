@@ -44,12 +44,19 @@ def read_files(task: str) -> list[Path]:
     folder = where if where.is_dir() else where.parent
     if where.exists() and where.suffix in ("", ".py"):
         found |= {path.resolve() for path in folder.rglob("*") if "__pycache__" not in path.parts}
-    return sorted(path for path in found if path.is_file() and not str(path).startswith(tuple(ours)))
+    kept = (path for path in found if path.is_file() and not str(path).startswith(tuple(ours)))
+    return sorted(path for path in kept if os.access(path, os.R_OK))
 
 
 def record(name: str, files: Iterable[Path], rest: str, outcome: dict[str, Any]) -> None:
-    """Remember what a build read, a digest of everything else that it depends on, and how it ended."""
-    entries = {str(path): _signature(path) for path in files}
+    """Remember what a build read, a digest of everything else that it depends on, and how it ended.
+
+    Where a file is gone by now, nothing is: the next build looks at everything anew.
+    """
+    try:
+        entries = {str(path): _signature(path) for path in files}
+    except OSError:
+        return
     cache.write("builds", name, json.dumps({"files": entries, "rest": rest, "outcome": outcome}).encode())
 
 

@@ -6,8 +6,10 @@ A task file is the user's own program and is run. Data files are not trusted: no
 import importlib.util
 import io
 import json
+import re
 import sys
 import traceback
+import unicodedata
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -66,7 +68,13 @@ def load(where: str, weights: str | None = None, calibration: str | None = None)
                 "--weights and --calibration are for torchvision models and .pt2 files; a task file loads its own"
             )
         name, task = _from_file(Path(where))
-    return _checked(name, task, where)
+    return _checked(_plain(name), task, where)
+
+
+def _plain(name: str) -> str:
+    """A name for the artifact's file, which is handed on to other systems: no spaces, no accents."""
+    letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip(".-") or "model"
 
 
 # ----------------------------------------------------------------------------------------------------- task files

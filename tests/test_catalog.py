@@ -209,6 +209,8 @@ def test_every_profile_of_the_examples_loads(path):
         (('size = "1 MiB"', ""), "no budgets"),
         (('size = "1 MiB"', 'accuracy_drop = "0.03"'), "which kind of drop"),
         (("name", "name name"), "line 1"),
+        (('"p"', '"../p"'), "name = '../p'"),
+        (('"p"', '"p\\u0000"'), "name = 'p.x00'"),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
 )

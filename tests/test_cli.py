@@ -175,6 +175,53 @@ def test_a_plan_is_printed_edited_and_built(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("build", ".", "-p", "p.toml", "--json", "none/report.json"), "there is no folder none"),
+        (("build", ".", "-p", "p.toml", "--json", "."), "it is a folder"),
+        (("plan", ".", "-p", "p.toml", "-o", "none/plan.json"), "there is no folder none"),
+        (("build", ".", "-p", "n" * 300), "File name too long"),
+        (("init", "n" * 300), "File name too long"),
+        (("targets", "show", "n" * 300), "File name too long"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_refused_before_the_work(tmp_path, arguments, message):
+    write(tmp_path, extra="raise RuntimeError('looked at')")
+    result = run(*arguments, cwd=tmp_path)
+    (line,) = errors(result)
+    assert result.returncode == 2 and message in line and "Traceback" not in result.stderr
+    assert sorted(os.listdir(tmp_path)) == ["p.toml", "task.py"]
+
+
+def test_a_launcher_that_counts_in_words(tmp_path):
+    result = run("build", ".", "-p", "mobile-cpu", cwd=tmp_path, WORLD_SIZE="two")
+    assert result.returncode == 2 and "WORLD_SIZE='two'" in errors(result)[0]
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("targets", "list")])
+def test_a_reader_that_leaves_is_neither_success_nor_a_broken_budget(tmp_path, arguments):
+    """Written by print and by rich, which end such a process in their own ways."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "edgebuild", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is always full")
+@pytest.mark.parametrize("arguments", [("--version",), ("targets", "list")])
+def test_output_that_finds_no_room(tmp_path, arguments):
+    command = [sys.executable, "-m", "edgebuild", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the output cannot be written: No space left on device\n"
+
+
 def test_a_read_only_output_is_refused_before_the_work(tmp_path):
     write(tmp_path)
     (tmp_path / "out").write_text("the user's own")
@@ -221,7 +268,12 @@ def test_control_c_leaves_nothing_half_written(tmp_path):
 
 
 def test_build_twice_then_no_op_then_touch(tmp_path):
-    """The same bytes and plan from scratch under another hash seed; then nothing to do; then an input changes."""
+    """The same bytes and plan from scratch under another hash seed; then nothing to do; then an input changes.
+
+    In a folder whose name is no text, and no name for a file that other systems take.
+    """
+    tmp_path = tmp_path / os.fsdecode(b"my mod\xe8l")
+    tmp_path.mkdir()
     write(
         tmp_path,
         profile=PROFILE.replace("1 MiB", "14 KiB").replace("[budgets]", "[distillation]\nsteps = 20\n[budgets]"),
@@ -231,7 +283,7 @@ def test_build_twice_then_no_op_then_touch(tmp_path):
         result = run("build", ".", "-p", "p.toml", "-o", f"out{seed}", "--rebuild", cwd=tmp_path, PYTHONHASHSEED=seed)
         assert result.returncode in (0, 1), result.stderr
         folder = tmp_path / f"out{seed}"
-        (artifact,) = folder.glob("*.pte")
+        artifact = folder / "my-modl.pte"
         bundles.append((artifact.read_bytes(), (folder / "plan.json").read_bytes()))
     assert bundles[0] == bundles[1]
     same = run("diff", "out1", "out2", "--max-regression", "size=0 B", cwd=tmp_path)
@@ -241,7 +293,7 @@ def test_build_twice_then_no_op_then_touch(tmp_path):
     plan = msgspec.json.decode(bundles[0][1], type=Plan)
     assert plan.widths or plan.forms, "14 KiB needs more than 4 bits"
     again = run("build", ".", "-p", "p.toml", "-o", "out2", cwd=tmp_path)
-    assert "is up to date" in again.stdout and again.returncode == result.returncode
+    assert "is up to date" in again.stdout and again.stderr == "" and again.returncode == result.returncode
     (tmp_path / "task.py").write_text((tmp_path / "task.py").read_text() + "\nraise RuntimeError('looked at')\n")
     after = run("build", ".", "-p", "p.toml", "-o", "out2", cwd=tmp_path)
     assert "up to date" not in after.stdout and "looked at" in errors(after)[0]

@@ -1,3 +1,4 @@
+import os
 import pickle
 import zipfile
 
@@ -21,6 +22,18 @@ def test_an_exported_program_with_npz_calibration(tmp_path, small_net, image):
     loaded = load(str(tmp_path / "net.pt2"), calibration=str(tmp_path / "x.npz"))
     assert loaded.name == "net" and len(loaded.samples) == 5
     assert torch.allclose(lift(loaded.task.model, image)(*image), small_net(*image), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("my net.v2", "my-net.v2"), ("modèle", "modele"), ("模型", "model"), ("..x", "x"), (os.fsdecode(b"a\xe9"), "a")],
+)
+def test_an_artifact_gets_a_name_that_other_systems_take(tmp_path, file, name):
+    (tmp_path / f"{file}.py").write_text(
+        "import torch\nfrom edgebuild.task import Task\n"
+        "def task():\n    x = torch.ones(1, 2)\n    return Task(torch.nn.Linear(2, 2), (x,), [(x,)])\n"
+    )
+    assert load(str(tmp_path / f"{file}.py")).name == name
 
 
 def test_a_program_with_a_pickle_in_it_is_not_read(tmp_path):
