@@ -347,7 +347,10 @@ def _layers(base: Base, plan: Plan, targets: Sequence[Target], threads: int) -> 
                 parameters=(before.parameters, sum(layer.parameters for layer in after)),
                 macs=(before.macs, sum(layer.macs for layer in after)),
                 latency={
-                    target.name: sum(costs.layer_latency(layer, precision, target, threads) for layer in after)
+                    target.name: (
+                        costs.layer_latency(before, "fp32", target, threads),
+                        sum(costs.layer_latency(layer, precision, target, threads) for layer in after),
+                    )
                     for target in targets
                 },
                 loss=loss,
@@ -374,13 +377,15 @@ def plan_json(plan: Plan) -> bytes:
 def _files(made: Report, found: Found, loaded: Loaded) -> dict[str, bytes]:
     assert found.best is not None
     built, text = found.best.built, report.to_json(made)
+    read = report.from_json(text)
     expected = built.expected[:BUNDLED_VECTORS]
     inputs = [verify.to_arrays(sample) for sample in loaded.samples[: len(expected)]]
     return {
         made.artifact: built.artifact.data,
         "plan.json": plan_json(found.best.plan),
         "report.json": text.encode(),
-        "report.md": report.markdown(report.from_json(text)).encode(),
+        "report.html": report.html(read).encode(),
+        "report.md": report.markdown(read).encode(),
         "vectors.safetensors": bundle.vectors(inputs, expected),
         **integration.files(_model(made, found.best, inputs, expected)),
     }
