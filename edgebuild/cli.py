@@ -32,6 +32,7 @@ EXIT = {"met": 0, "broken": BudgetBroken.exit_code, "infeasible": Infeasible.exi
 INTERRUPTED = 130
 STOPPED = "interrupted: nothing is left half-written"
 NO_READER = 141  # 128 + SIGPIPE
+REPORT_LIMIT = 64 << 20  # bytes; that of a model with a thousand layers has some four million
 BUG = 70  # EX_SOFTWARE: never the code of a broken budget
 # What a path or a disk is to blame for.
 _OF_THE_SYSTEM = {
@@ -199,13 +200,14 @@ def build(
         raise typer.Exit(known["code"])
     inputs.watch()
     _hush()
-    from edgebuild import pipeline, report
+    from edgebuild import pipeline
+    from edgebuild import report as reports
 
     tell = (lambda message, seconds: None) if quiet else _progress
     request = pipeline.Request(task, profile, folder, weights, calibration, student, rebuild, plan)
     made = pipeline.build(request, tell)
-    text = report.to_json(made)
-    report.terminal(report.from_json(text), console)
+    text = reports.to_json(made)
+    reports.terminal(reports.from_json(text), console)
     if json:
         _write(json, text)
     code = _exit_code(made, inconclusive, targets[0].status != "unvalidated")
@@ -230,7 +232,7 @@ def _hush() -> None:
 
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
-    for name in ("torchao", "torch.utils._pytree", "torch.export", "executorch"):
+    for name in ("torchao", "torch.utils._pytree", "torch.export", "executorch", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -271,7 +273,13 @@ def _check_writable(path: Path | None) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all; a link, such as /dev/stdout, and what is no plain file are written through."""
+    """Write a file, whole or not at all; "-" is standard output.
+
+    A link, such as /dev/stdout, and what is no plain file are written through.
+    """
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
             path.write_text(text, encoding="utf-8")
@@ -313,6 +321,67 @@ def pack(
     output = output or folder.resolve().with_name(f"{folder.resolve().name}.zip")
     bundle.write_archive(folder, output, force)
     print(f"{output} is written. Next: edgebuild verify-bundle {output}")
+
+
+@app.command()
+def report(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", show_default=False, help="A bundle, or a report.json.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained HTML file here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write Markdown here, as GitHub shows it.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write report.json here.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of report.json.")] = False,
+) -> None:
+    """Show the report of a build, or write it in other forms; "-" as a file is standard output.
+
+    Exit codes: 0 it was shown, whatever its outcome, 2 bad usage or input.
+    """
+    from edgebuild import report as reports
+    from edgebuild.errors import UsageError
+
+    if schema:
+        import msgspec
+
+        print(msgspec.json.format(msgspec.json.encode(reports.schema()), indent=2).decode())
+        return
+    _hush()
+    if path is None:
+        raise UsageError("no PATH", "name a bundle or a report.json")
+    text = _report_text(path)
+    read = reports.from_json(text)
+    if not (html or markdown or junit or json):
+        from rich.console import Console
+
+        reports.terminal(read, Console())
+    for file, form in ((html, reports.html), (markdown, reports.markdown), (junit, reports.junit)):
+        if file:
+            _write(file, form(read))
+    if json:
+        _write(json, text)
+
+
+def _report_text(path: Path) -> str:
+    """The report of a bundle, once that is verified, or the text of a file of its own."""
+    from edgebuild import bundle
+    from edgebuild.errors import SpecError, UsageError
+
+    try:
+        if path.suffix != ".json":
+            files = bundle.read(path)
+            if "report.json" not in files:
+                raise SpecError(f"{path} has no report.json")
+            return files["report.json"].decode()
+        with path.open("rb") as file:
+            data = file.read(REPORT_LIMIT + 1)
+        if len(data) > REPORT_LIMIT:
+            raise SpecError(f"{path} is larger than {REPORT_LIMIT:,} bytes: that is no report.json")
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: the report is not UTF-8: {error.reason}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "name a bundle or a report.json") from None
 
 
 @app.command()

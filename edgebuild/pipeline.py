@@ -349,7 +349,10 @@ def _layers(base: Base, plan: Plan, targets: Sequence[Target], threads: int) -> 
                 parameters=(before.parameters, sum(layer.parameters for layer in after)),
                 macs=(before.macs, sum(layer.macs for layer in after)),
                 latency={
-                    target.name: sum(costs.layer_latency(layer, precision, target, threads) for layer in after)
+                    target.name: (
+                        costs.layer_latency(before, "fp32", target, threads),
+                        sum(costs.layer_latency(layer, precision, target, threads) for layer in after),
+                    )
                     for target in targets
                 },
                 loss=loss,
@@ -375,10 +378,12 @@ def plan_json(plan: Plan) -> bytes:
 
 def _files(made: Report, best: Attempt, sampled: Sampled) -> dict[str, bytes]:
     text = report.to_json(made)
+    read = report.from_json(text)
     return {
         made.artifact: best.built.artifact.data,
         "plan.json": plan_json(best.plan),
         "report.json": text.encode(),
-        "report.md": report.markdown(report.from_json(text)).encode(),
+        "report.html": report.html(read).encode(),
+        "report.md": report.markdown(read).encode(),
         **handoff.vectors(made, sampled),
     }

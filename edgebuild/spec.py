@@ -933,7 +933,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer before and after; sizes in parameters. `latency` is the prediction for each target, in seconds."""
+    """A layer before and after; sizes in parameters. `latency` is the prediction for each target, in seconds.
+
+    Before is the layer in fp32, as the original has it.
+    """
 
     name: str
     op: str
@@ -941,7 +944,7 @@ class LayerRow:
     precision: Precision
     parameters: tuple[int, int]
     macs: tuple[int, int]
-    latency: Mapping[str, float]
+    latency: Mapping[str, tuple[float, float]]
     loss: float
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from test_report import BUILT
 
+from edgebuild import bundle, cli, report
+from edgebuild.errors import EdgebuildError
 from edgebuild.spec import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -313,3 +316,67 @@ def test_lists_and_shows(tmp_path):
     assert "edge-1mb" in run("profiles", "list", cwd=tmp_path).stdout
     assert "source" in run("targets", "show", "pixel", cwd=tmp_path).stdout
     assert run("profiles", "show", "nope", cwd=tmp_path).returncode == 2
+
+
+# ------------------------------------------------------------------------------------------------ edgebuild report
+
+
+def report_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """What `edgebuild report` prints, in this process."""
+    cli.app(["report", *map(str, arguments)], standalone_mode=False)
+    return capsys.readouterr()
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A bundle that holds a report alone."""
+    bundle.write(tmp_path / "made", {"report.json": report.to_json(BUILT).encode()})
+    return tmp_path / "made"
+
+
+def test_a_report_is_shown_from_a_bundle_or_a_file(made, capsys):
+    shown, _ = report_command(capsys, made)
+    assert "digits for raspberry-pi-4: broken" in shown and "5. What else was possible?" in shown
+    assert report_command(capsys, made / "report.json") == (shown, "")
+
+
+def test_a_report_is_written_in_every_form(made, tmp_path, capsys):
+    text = report.to_json(BUILT)
+    read = report.from_json(text)
+    forms = {"html": report.html(read), "markdown": report.markdown(read), "junit": report.junit(read), "json": text}
+    options = [word for form in forms for word in (f"--{form}", tmp_path / form)]
+    assert report_command(capsys, made, *options) == ("", "")
+    assert {form: (tmp_path / form).read_text(encoding="utf-8") for form in forms} == forms
+    assert report_command(capsys, made, "--markdown", "-")[0] == forms["markdown"]
+
+
+def test_the_schema_needs_no_report(capsys):
+    shown, _ = report_command(capsys, "--schema")
+    assert json.loads(shown) == report.schema()
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("none", "no bundle at"),
+        ("none.json", "No such file"),
+        (".", "manifest.json"),
+        ("bad.json", "not JSON"),
+        ("latin.json", "not UTF-8"),
+    ],
+)
+def test_what_is_no_report_is_one_line(path, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text("{", encoding="utf-8")
+    Path("latin.json").write_bytes(b'"\xe4"')
+    with pytest.raises(EdgebuildError, match=said) as refused:
+        cli.app(["report", path, "--html", "out.html"], standalone_mode=False)
+    assert refused.value.exit_code == 2
+    assert not Path("out.html").exists()
+
+
+def test_a_report_in_a_damaged_bundle_is_refused(made):
+    path = made / "report.json"
+    path.write_bytes(path.read_bytes().replace(b"broken", b"met   "))
+    with pytest.raises(EdgebuildError, match="report.json"):
+        cli.app(["report", str(made)], standalone_mode=False)

@@ -5,10 +5,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from xml.etree import ElementTree as ET
 
+import jsonschema
 import msgspec
 import numpy as np
 import pytest
@@ -87,8 +89,8 @@ BUILT = Report(
         Measurement(PI, "latency", 0.04, "measured"),
     ),
     layers=(
-        LayerRow("conv1", "conv2d", "16 to 12 channels", "int8", (160, 120), (7840, 5880), {PI: 1e-5}, 0.002),
-        LayerRow("head", "linear", "", "fp32", (650, 650), (640, 640), {PI: 2e-5}, 0.0),
+        LayerRow("conv1", "conv2d", "16 to 12 channels", "int8", (160, 120), (7840, 5880), {PI: (2e-5, 1e-5)}, 0.002),
+        LayerRow("head", "linear", "", "fp32", (650, 650), (640, 640), {PI: (2e-5, 2e-5)}, 0.0),
     ),
     rounds=(
         Round(
@@ -144,6 +146,10 @@ INFEASIBLE = replace(
     findings=(),
     build_id="",
 )
+
+
+SCHEMA = jsonschema.Draft202012Validator(report.schema())
+PUBLISHED = Path(__file__).parent.parent / "docs" / "report.schema.json"
 
 
 def as_dict(value: Report) -> dict:
@@ -212,6 +218,23 @@ def test_a_figure_that_is_not_finite_becomes_null_and_a_finding():
     report.markdown(data)
 
 
+def test_the_published_schema_is_that_of_the_code():
+    assert json.loads(PUBLISHED.read_text(encoding="utf-8")) == report.schema(), (
+        "edgebuild report --schema > docs/report.schema.json"
+    )
+    jsonschema.Draft202012Validator.check_schema(report.schema())
+
+
+@pytest.mark.parametrize("value", [BUILT, INFEASIBLE])
+def test_reports_keep_to_the_schema_with_their_null_figures(value):
+    nan = float("nan")
+    odd = replace(value, original_measurements=(Measurement("host", "latency", nan, "measured", error=nan),))
+    data = json.loads(report.to_json(odd))
+    assert data["original_measurements"][0]["value"] is None
+    SCHEMA.validate(data)
+    SCHEMA.validate(json.loads(report.to_json(value)))
+
+
 def test_infinite_sqnr_is_no_finding():
     data = as_dict(BUILT)
     assert data["parity"][0]["sqnr_db"] is None
@@ -245,6 +268,7 @@ def test_a_wrong_report_is_refused(change, message):
     with pytest.raises(SpecError, match=message) as error:
         report.from_json(json.dumps(data))
     assert "\n" not in str(error.value)
+    assert not SCHEMA.is_valid(data), "the published schema is as strict"
 
 
 @pytest.mark.parametrize("text", ["", "no", "[]", "3", "[" * 100_000, '{"schema_version": 1, "x": NaN}', b"\xff"])
@@ -309,8 +333,8 @@ def test_markdown_lists_every_layer_folded_away():
     changed, everything = [rows[1:] for rows in tables(text) if rows[0][0] == "Layer"]
     assert [row[0] for row in changed] == ["conv1", "all layers"]
     assert [row[0] for row in everything] == ["conv1", "head", "all layers"]
-    assert everything[0][2:] == ["16 to 12 channels", "int8", "160 → 120", "7,840 → 5,880", "0.002", "10 us"]
-    assert everything[2][4:] == ["810 → 770", "8,480 → 6,520", "", "30 us"]
+    assert everything[0][2:] == ["16 to 12 channels", "int8", "160 → 120", "7,840 → 5,880", "0.002", "20 us → 10 us"]
+    assert everything[2][4:] == ["810 → 770", "8,480 → 6,520", "", "40 us → 30 us"]
     folded = text.split("<details>\n<summary>All layers</summary>\n\n")[1].split("\n</details>")[0]
     assert "head" in folded
     assert "Why: quantize: the original is 3.2 times too large" in text
@@ -496,6 +520,7 @@ def test_any_report_can_be_shown(value):
     data = as_dict(value)
     assert report.to_json(value) == report.to_json(value)
     assert msgspec.json.format(msgspec.json.encode(data), indent=2).decode() + "\n" == report.to_json(value)
+    SCHEMA.validate(data)
     text = report.markdown(data)
     found = tables(text)
     assert all(len(row) == len(rows[0]) for rows in found for row in rows)

@@ -1,7 +1,20 @@
-"""The report of a build: JSON first; Markdown, the terminal's tables and JUnit are made from that JSON alone."""
+"""The report of a build: JSON first; HTML, Markdown, the terminal's tables and JUnit are made from that JSON alone."""
 
 from edgebuild.report.figures import bound, figure, named, subject
+from edgebuild.report.html import html
 from edgebuild.report.render import junit, markdown, terminal
-from edgebuild.report.schema import from_json, to_json
+from edgebuild.report.schema import from_json, schema, to_json
 
-__all__ = ["bound", "figure", "from_json", "junit", "markdown", "named", "subject", "terminal", "to_json"]
+__all__ = [
+    "bound",
+    "figure",
+    "from_json",
+    "html",
+    "junit",
+    "markdown",
+    "named",
+    "schema",
+    "subject",
+    "terminal",
+    "to_json",
+]

@@ -1,11 +1,13 @@
-"""What a report says, section by section, made from its JSON; how it looks is `edgebuild.report.render`."""
+"""What a report says, section by section, made from its JSON; how it looks: `edgebuild.report.render` and `html`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from edgebuild.report.figures import (
     NONE,
     Json,
+    band,
     bound,
     change,
     compared,
@@ -30,22 +32,87 @@ HEADLINES = {
 
 
 @dataclass(frozen=True)
+class Gauge:
+    """A budget to draw: how far the found and the predicted figure come, as shares of the bound; `error` likewise."""
+
+    found: float
+    predicted: float | None
+    error: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure in words, with the number that it is sorted by, and what is drawn beside it.
+
+    `bars`: the number itself, or what it was before and is after, each long in proportion to its column's largest.
+    """
+
+    text: str
+    value: float | None
+    bars: tuple[float | None, ...] = ()
+    gauge: Gauge | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows of cells under a title. `detail`: long, so Markdown folds it away and the terminal leaves it out."""
+    """Rows of cells under a title, and perhaps one of sums. `detail`: long, so it is folded away or left out."""
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[str | Cell, ...], ...]
     detail: bool = False
+    total: tuple[str | Cell, ...] = ()
+
+    @property
+    def lines(self) -> tuple[tuple[str, ...], ...]:
+        """All rows in words, the sums last."""
+        return tuple(tuple(map(str, row)) for row in (*self.rows, *([self.total] if self.total else [])))
+
+
+PointKind = Literal["plan", "chosen", "draft", "built", "artifact"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan on a curve: what it costs (bytes or seconds), its loss in nats, and both in words."""
+
+    cost: float
+    loss: float
+    kind: PointKind
+    text: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss against what is budgeted, `bound` being the budget; `quantity` says in which unit the costs are."""
+
+    title: str
+    quantity: str
+    bound: float | None
+    points: tuple[Point, ...]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A question and its answer: sentences first, then tables."""
+    """A question and its answer: sentences first, then curves, then tables."""
 
     title: str
     lines: tuple[str, ...]
     tables: tuple[Table, ...]
+    curves: tuple[Curve, ...] = ()
+
+
+def heading(report: Json) -> tuple[str, ...]:
+    """What stands above the sections: the outcome in a sentence, the artifact, the build."""
+    lines = [report["summary"]] if report["summary"] else []
+    if report["artifact"]:
+        lines.append(f"Artifact: {report['artifact']}, {report['size']:,} bytes, sha256 {report['artifact_sha256']}")
+    if report["build_id"]:
+        lines.append(f"Build: {report['build_id']}")
+    return tuple(lines)
 
 
 def sections(report: Json) -> tuple[Section, ...]:
@@ -61,7 +128,7 @@ def _fit(report: Json) -> Section:
             bound(verdict),
             of(verdict, verdict["predicted"]),
             found(verdict, report),
-            signed(verdict["margin"]),
+            Cell(signed(verdict["margin"]), verdict["margin"], gauge=_gauge(verdict, report)),
             verdict["status"],
             verdict["note"],
         )
@@ -73,6 +140,13 @@ def _fit(report: Json) -> Section:
         *(binding(report["reachable"]) if report["outcome"] == "infeasible" else ()),
     )
     return Section("Does it fit?", lines, (Table("", columns, rows),))
+
+
+def _gauge(verdict: Json, report: Json) -> Gauge | None:
+    bound, value, predicted = verdict["bound"], verdict["value"], verdict["predicted"]
+    if not bound or value is None:
+        return None
+    return Gauge(value / bound, None if predicted is None else predicted / bound, band(verdict, report) * value / bound)
 
 
 def binding(rows: Sequence[Json]) -> tuple[str, ...]:
@@ -205,18 +279,22 @@ def _done(report: Json) -> Section:
         "Loss estimate (nats)",
     )
     targets = sorted({target for row in layers for target in row["latency"]})
-    changed = [row for row in layers if _changed(row)]
-    short = tuple(_layer(row) for row in changed)
+    changed = tuple(_layer(row) for row in layers if _changed(row))
     full = tuple(
-        (*_layer(row), *(figure("latency", row["latency"].get(target)) for target in targets)) for row in layers
+        (*_layer(row), *(_pair("latency", row["latency"].get(target)) for target in targets)) for row in layers
     )
-    if full:
-        total = ("all layers", "", "", "", *(change(_sums(layers, key)) for key in ("parameters", "macs")), "")
-        short = (*short, total)
-        full = (*full, (*total, *(figure("latency", _total(layers, target)) for target in targets)))
+    total: tuple[str | Cell, ...] = ()
+    whole: tuple[str | Cell, ...] = ()
+    if layers:
+        sums = (_pair("count", _sums(row[key] for row in layers)) for key in ("parameters", "macs"))
+        total = ("all layers", "", "", "", *sums, "")
+        latency = (_sums(row["latency"].get(target) for row in layers) for target in targets)
+        whole = (*total, *(_pair("latency", pair) for pair in latency))
     tables: tuple[Table, ...] = (
-        Table(f"Layers that changed: {len(changed)} of {len(layers)}", columns, short),
-        Table("All layers", (*columns, *(f"Predicted on {target}" for target in targets)), full, detail=True),
+        Table(f"Layers that changed: {len(changed)} of {len(layers)}", columns, changed, total=total),
+        Table(
+            "All layers", (*columns, *(f"Predicted on {target}" for target in targets)), full, detail=True, total=whole
+        ),
     )
     lines = list(_plan_in_words(plan))
     built = next((row for row in report["rounds"] if row["artifact_sha256"] == report["artifact_sha256"]), None)
@@ -246,7 +324,7 @@ def _where_the_time_goes(report: Json) -> tuple[Table, ...]:
     return tuple(tables)
 
 
-def _time(name: str, operators: Sequence[Json], whole: float | None) -> tuple[float, tuple[str, ...]]:
+def _time(name: str, operators: Sequence[Json], whole: float | None) -> tuple[float, tuple[str | Cell, ...]]:
     """Seconds of a layer's operators, and their row."""
     seconds = sum(operator["seconds"] or 0.0 for operator in operators)
     bounds: dict[str, float] = {}
@@ -259,15 +337,17 @@ def _time(name: str, operators: Sequence[Json], whole: float | None) -> tuple[fl
         if seconds and part / seconds >= 0.05
     )
     kinds = dict.fromkeys(operator["name"].partition(" #")[0] for operator in operators)
+    instructions = sum(sum(operator["instructions"].values()) for operator in operators)
+    misses, moved = (sum(operator[key] for operator in operators) for key in ("l2_misses", "memory_bytes"))
     row = (
         name,
         ", ".join(kinds),
-        figure("latency", seconds),
-        share(seconds / whole) if whole else NONE,
+        Cell(figure("latency", seconds), seconds, (seconds,)),
+        Cell(share(seconds / whole), seconds / whole) if whole else NONE,
         waits,
-        f"{sum(sum(operator['instructions'].values()) for operator in operators) / 1e6:.3g}",
-        f"{sum(operator['l2_misses'] for operator in operators):,}",
-        figure("size", sum(operator["memory_bytes"] for operator in operators)),
+        Cell(f"{instructions / 1e6:.3g}", instructions),
+        Cell(f"{misses:,}", misses),
+        Cell(figure("size", moved), moved),
     )
     return seconds, row
 
@@ -311,24 +391,27 @@ def _changed(row: Json) -> bool:
     return row["change"] not in ("", "keep") or any(before != after for before, after in pairs)
 
 
-def _layer(row: Json) -> tuple[str, ...]:
+def _layer(row: Json) -> tuple[str | Cell, ...]:
     return (
         row["name"],
         row["op"],
         row["change"],
         row["precision"],
-        change(row["parameters"]),
-        change(row["macs"]),
-        figure("", row["loss"]),
+        _pair("count", row["parameters"]),
+        _pair("count", row["macs"]),
+        Cell(figure("", row["loss"]), row["loss"]),
     )
 
 
-def _sums(layers: list[Json], key: str) -> tuple[int, int]:
-    return sum(row[key][0] for row in layers), sum(row[key][1] for row in layers)
+def _pair(quantity: str, pair: Sequence[float | None] | None) -> Cell:
+    """A figure before and after, sorted by what it is after."""
+    return Cell(change(quantity, pair), pair[1], tuple(pair)) if pair else Cell(NONE, None)
 
 
-def _total(layers: list[Json], target: str) -> float:
-    return sum(row["latency"].get(target) or 0.0 for row in layers)
+def _sums(pairs: Iterable[Sequence[float | None] | None]) -> tuple[float, float]:
+    """What the pairs add up to; what is not known adds nothing."""
+    known = [pair for pair in pairs if pair]
+    return sum(pair[0] or 0 for pair in known), sum(pair[1] or 0 for pair in known)
 
 
 def _trust(report: Json) -> Section:
@@ -470,7 +553,39 @@ def _reachable(report: Json) -> Section:
         Table(f"Candidates that cannot pay: {len(dropped)}", ("Where", "Candidate", "Why"), dropped, detail=True),
     )
     lines = () if rows or report["rounds"] else ("Nothing else was looked at.",)
-    return Section("What else was possible?", lines, tables)
+    return Section("What else was possible?", lines, tables, tuple(_curves(report)))
+
+
+def _curves(report: Json) -> Iterator[Curve]:
+    """Loss against each axis that the planner looked along: its plans along it, and all that were built."""
+    bounds = {subject(row): row["bound"] for row in (*report["reachable"], *report["verdicts"])}
+    for name in dict.fromkeys(point["axis"] for point in report["frontier"]):
+        quantity = name.partition(" ")[0]
+        points: list[tuple[str, PointKind, float | None, float | None]] = [
+            (
+                "this plan" if point["chosen"] else "a plan",
+                "chosen" if point["chosen"] else "plan",
+                point["predicted"].get(name),
+                point["loss"],
+            )
+            for point in report["frontier"]
+            if point["axis"] == name
+        ]
+        for row in report["rounds"]:
+            found = {subject({"kind": p["quantity"], "target": p["target"]}): p["found"] for p in row["predictions"]}
+            shipped = row["artifact_sha256"] == report["artifact_sha256"] != ""
+            kind: PointKind = "artifact" if shipped else "draft" if row["draft"] else "built"
+            points.append((_state(row) + (": the artifact" if shipped else ""), kind, found.get(name), row["loss"]))
+        yield Curve(
+            f"Loss against {name}",
+            quantity,
+            bounds.get(name),
+            tuple(
+                Point(cost, loss, kind, f"{figure(quantity, cost)}, loss {figure('', loss)} nats; {what}")
+                for what, kind, cost, loss in points
+                if cost is not None and loss is not None
+            ),
+        )
 
 
 def _frontier_columns(report: Json) -> tuple[str, ...]:
@@ -495,9 +610,12 @@ def _frontier(report: Json) -> list[tuple[str, ...]]:
         found = {subject({"kind": p["quantity"], "target": p["target"]}): p["found"] for p in row["predictions"]}
         cells = [figure(name.partition(" ")[0], found.get(name)) for name in names]
         score = NONE if row["score"] is None else f"{row['score']:.4g}"
-        state = f"built in round {row['number']}{', not trained' if row['draft'] else ''}"
-        rows.append(("", *cells, figure("", row["loss"]), score, state))
+        rows.append(("", *cells, figure("", row["loss"]), score, _state(row)))
     return rows
+
+
+def _state(row: Json) -> str:
+    return f"built in round {row['number']}{', not trained' if row['draft'] else ''}"
 
 
 _SOLVES = ("Round", "Status", "Solver", "Writing it down", "Gap", "Binaries", "Columns", "Rows", "Nodes")

@@ -1,5 +1,6 @@
-"""Figures of a report as people write them."""
+"""Figures and names of a report as people read them."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,10 @@ from edgebuild.units import Bytes, Percent, Points, Seconds
 Json = dict[str, Any]
 
 NONE = "—"
+# what neither a terminal nor XML should be handed: control characters, lone surrogates, non-characters
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _FIGURES: dict[str, Callable[[float], str]] = {
+    "count": lambda value: f"{value:,}",
     "size": lambda value: str(Bytes(value)),
     "peak_memory": lambda value: str(Bytes(value)),
     "throughput": lambda value: f"{value:,.0f} /s" if value >= 100 else f"{value:.3g} /s",
@@ -39,14 +43,19 @@ def found(verdict: Json, report: Json) -> str:
     """What was found, with its error band, and how: "12.1 ms ± 30 % (estimated)"."""
     if verdict["value"] is None:
         return NONE
-    errors = [
+    error = band(verdict, report)
+    how = f" ({verdict['method']})" if verdict["method"] else ""
+    return f"{of(verdict, verdict['value'])}{f' ± {Percent(error)}' if error else ''}{how}"
+
+
+def band(verdict: Json, report: Json) -> float:
+    """The relative half-width of the error band of what was found; 0 where it is exact."""
+    errors = (
         item["error"]
         for item in report["measurements"]
         if (item["quantity"], item["target"]) == (verdict["kind"], verdict["target"]) and item["error"]
-    ]
-    band = f" ± {Percent(errors[0])}" if errors else ""
-    how = f" ({verdict['method']})" if verdict["method"] else ""
-    return f"{of(verdict, verdict['value'])}{band}{how}"
+    )
+    return next(errors, 0.0)
 
 
 def subject(row: Json) -> str:
@@ -76,9 +85,10 @@ def plural(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
-def change(pair: Iterable[int]) -> str:
-    before, after = pair
-    return f"{before:,}" if before == after else f"{before:,} → {after:,}"
+def change(quantity: str, pair: Iterable[float | None]) -> str:
+    """A figure before and after: "160 → 120", or once where it stayed."""
+    before, after = (figure(quantity, value) for value in pair)
+    return before if before == after else f"{before} → {after}"
 
 
 def compared(before: float, after: float, less: str, more: str) -> str:
@@ -86,3 +96,8 @@ def compared(before: float, after: float, less: str, more: str) -> str:
     if before == after or not before or not after:
         return "the same" if before == after else NONE
     return f"{before / after:.3g} times {less}" if before > after else f"{after / before:.3g} times {more}"
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks and without characters that would steer a terminal or break XML."""
+    return _UNPRINTABLE.sub(lambda match: " " if match[0] in "\t\r\n\u2028\u2029" else repr(match[0])[1:-1], text)

@@ -13,12 +13,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from edgebuild.report import content
-from edgebuild.report.figures import bound, found, signed, subject
+from edgebuild.report.figures import bound, found, one_line, signed, subject
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
 _MARKDOWN_START = re.compile(r"^(\d*)([-+=#.)])")  # what makes a line a list, a heading or a rule
-# what neither a terminal nor XML should be handed: control characters, lone surrogates, non-characters
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _ASCII = str.maketrans({"≤": "<=", "≥": ">=", "→": "->", "±": "+/-", "—": "-"})
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
 _OUTCOMES = {"met": "green", "broken": "bold red", "inconclusive": "yellow", "infeasible": "bold red"}
@@ -26,7 +24,7 @@ _OUTCOMES = {"met": "green", "broken": "bold red", "inconclusive": "yellow", "in
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report in GitHub's Markdown. Long tables are folded away."""
-    return markdown_page(_title(report), _heading(report), content.sections(report))
+    return markdown_page(_title(report), content.heading(report), content.sections(report))
 
 
 def markdown_page(title: str, heading: Sequence[str], sections: Sequence[content.Section]) -> str:
@@ -37,13 +35,13 @@ def markdown_page(title: str, heading: Sequence[str], sections: Sequence[content
         lines += [f"## {i}. {section.title}", ""]
         lines += [*(f"- {_paragraph(line)}" for line in section.lines), ""] if section.lines else []
         for table in section.tables:
-            lines += _markdown_table(table) if table.rows else []
+            lines += _markdown_table(table) if table.lines else []
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def terminal(report: dict[str, Any], console: Console) -> None:
     """The report without its long tables. rich honours NO_COLOR, and colours nothing but a terminal."""
-    terminal_page(_title(report), report["outcome"], _heading(report), content.sections(report), console)
+    terminal_page(_title(report), report["outcome"], content.heading(report), content.sections(report), console)
 
 
 def terminal_page(
@@ -54,7 +52,7 @@ def terminal_page(
 
     def text(written: str, style: str = "") -> Text:
         # Text and not a string: a name such as "[red]" is no markup
-        line = _one_line(written)
+        line = one_line(written)
         return Text(line.translate(_ASCII).encode("ascii", "replace").decode() if ascii_only else line, style)
 
     console.print(text(title, _OUTCOMES[outcome]))
@@ -66,14 +64,14 @@ def terminal_page(
         for line in section.lines:
             console.print(text(line))
         for table in section.tables:
-            if table.detail or not table.rows:
+            if table.detail or not table.lines:
                 continue
-            used = [k for k in range(len(table.columns)) if any(row[k] for row in table.rows)]
+            used = [k for k in range(len(table.columns)) if any(row[k] for row in table.lines)]
             if not used:
                 continue
             if table.title:
                 console.print(text(table.title, "italic"))
-            cells = [[text(row[k], _STYLES.get(row[k], "")) for k in used] for row in (table.columns, *table.rows)]
+            cells = [[text(row[k], _STYLES.get(row[k], "")) for k in used] for row in (table.columns, *table.lines)]
             grid = RichTable(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
             for column, width in zip(cells[0], _widths(cells, console.width), strict=True):
                 grid.add_column(column, overflow="fold", width=width)
@@ -88,7 +86,7 @@ def junit(report: dict[str, Any]) -> str:
     A build that broke down without either, such as an infeasible one, is a failed case "outcome": CI must not see an
     empty suite and be content.
     """
-    suite = ET.Element("testsuite", name=_one_line(f"edgebuild {report['task']} for {report['profile']}"))
+    suite = ET.Element("testsuite", name=one_line(f"edgebuild {report['task']} for {report['profile']}"))
     for verdict in report["verdicts"]:
         margin = signed(verdict["margin"])
         said = f"{found(verdict, report)}, bound {bound(verdict)}, margin {margin}"
@@ -125,17 +123,8 @@ def _title(report: dict[str, Any]) -> str:
     return f"{report['task']} for {report['profile']}: {report['outcome']}"
 
 
-def _heading(report: dict[str, Any]) -> list[str]:
-    lines = [report["summary"]] if report["summary"] else []
-    if report["artifact"]:
-        lines.append(f"Artifact: {report['artifact']}, {report['size']:,} bytes, sha256 {report['artifact_sha256']}")
-    if report["build_id"]:
-        lines.append(f"Build: {report['build_id']}")
-    return lines
-
-
 def _markdown_table(table: content.Table) -> list[str]:
-    rows = [f"| {' | '.join(map(_escaped, cells))} |" for cells in (table.columns, *table.rows)]
+    rows = [f"| {' | '.join(map(_escaped, cells))} |" for cells in (table.columns, *table.lines)]
     grid = [rows[0], "|" + " --- |" * len(table.columns), *rows[1:], ""]
     if table.detail:  # the blank lines around the table are what makes GitHub read it as Markdown
         return ["<details>", f"<summary>{table.title}</summary>", "", *grid, "</details>", ""]
@@ -155,20 +144,15 @@ def _widths(cells: list[list[Text]], room: int) -> list[int]:
 
 def _case(suite: ET.Element, report: dict[str, Any], group: str, name: str, status: str, message: str) -> None:
     classname = f"{report['task']}.{report['profile']}.{group}"
-    case = ET.SubElement(suite, "testcase", classname=_one_line(classname), name=_one_line(name), time="0")
+    case = ET.SubElement(suite, "testcase", classname=one_line(classname), name=one_line(name), time="0")
     kind = {"fail": "failure", "inconclusive": "skipped"}.get(status)
     if kind:
-        ET.SubElement(case, kind, message=_one_line(message))
-
-
-def _one_line(text: str) -> str:
-    """Text without line breaks and without characters that would steer a terminal or break XML."""
-    return _UNPRINTABLE.sub(lambda match: " " if match[0] in "\t\r\n\u2028\u2029" else repr(match[0])[1:-1], text)
+        ET.SubElement(case, kind, message=one_line(message))
 
 
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, in a table as well."""
-    return _MARKDOWN_SPECIAL.sub(r"\\\1", _one_line(text).strip())
+    return _MARKDOWN_SPECIAL.sub(r"\\\1", one_line(text).strip())
 
 
 def _paragraph(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from inspect import cleandoc
 from math import isfinite
 from numbers import Integral, Real
 from types import UnionType
@@ -49,6 +50,38 @@ def from_json(text: str | bytes) -> dict[str, Any]:
     except msgspec.ValidationError as error:
         raise SpecError(f"report: {str(error).replace('$.', '')}") from None
     return data
+
+
+def schema() -> dict[str, Any]:
+    """What report.json holds, as JSON Schema 2020-12. Made from `edgebuild.spec`, as strict as `from_json`.
+
+    Every key is there and no other; a figure may be null, where it is not known or was not finite.
+    """
+    (top,), parts = msgspec.json.schema_components([spec.Report], ref_template="#/$defs/{name}")
+    for part in parts.values():
+        part |= {"required": list(part["properties"]), "additionalProperties": False}
+        part["description"] = cleandoc(part["description"])
+        for item in part["properties"].values():
+            item.pop("default", None)  # no key may be left out
+    parts["Report"]["properties"]["schema_version"] = {"const": SCHEMA_VERSION}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:edgebuild:report:{SCHEMA_VERSION}",
+        "title": "The report of a build by edgebuild",
+        **top,
+        "$defs": {name: _nullable(part) for name, part in parts.items()},
+    }
+
+
+def _nullable(part: Any) -> Any:
+    """The schema with null beside each number that is a figure; counts are integers and stay."""
+    if isinstance(part, list):
+        return [_nullable(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "number":
+        return {**part, "type": ["number", "null"]}
+    return {key: _nullable(value) for key, value in part.items()}
 
 
 def _plain(value: Any, where: str, odd: list[tuple[str, float]]) -> Any:
