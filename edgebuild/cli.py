@@ -1,5 +1,6 @@
 """The commands: parse, call, print, exit. Whatever loads torch is imported inside the command that needs it."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -71,6 +72,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; that is no failure of ours
         sys.exit(0)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _say(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''} (free some space)")
+            sys.exit(EdgebuildError.exit_code)
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own: usage
             error.show()
             sys.exit(error.exit_code)
