@@ -61,7 +61,7 @@ def find(kind: str, name: str) -> Path | None:
     """Where an entry lies, or None. Looking for it counts as using it."""
     running(root())
     for path in _places(kind, name):
-        if path.exists():
+        if os.path.exists(path):  # no error where the folder may not be looked into
             with suppress(OSError):
                 os.utime(path)
             return path

@@ -84,8 +84,7 @@ def trim() -> tuple[int, int]:
         excess = sum(entry.size for entry in found) - most
         gone = []
         for entry in idle(found):
-            if entry.half_made or excess > 0:
-                _remove(entry)
+            if (entry.half_made or excess > 0) and _remove(entry):
                 excess -= entry.size
                 gone += [] if entry.half_made else [entry]
     return len(gone), sum(entry.size for entry in gone)
@@ -94,9 +93,7 @@ def trim() -> tuple[int, int]:
 def clear(kind: str = "") -> tuple[list[Entry], list[Entry]]:
     """Remove all entries, or those of a kind, that no running process uses: which went, and which stayed."""
     found = [entry for entry in entries() if kind in ("", entry.kind)]
-    gone = idle(found)
-    for entry in gone:
-        _remove(entry)
+    gone = [entry for entry in idle(found) if _remove(entry)]
     return gone, [entry for entry in found if entry not in gone]
 
 
@@ -143,7 +140,8 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _remove(entry: Entry) -> None:
+def _remove(entry: Entry) -> bool:
+    """Whether it is gone; a cache may be read-only."""
     for path in entry.paths:
         with suppress(OSError):
             if path.is_dir() and not path.is_symlink():
@@ -152,6 +150,7 @@ def _remove(entry: Entry) -> None:
                 shutil.rmtree(gone, ignore_errors=True)
             else:
                 path.unlink()
+    return not any(os.path.lexists(path) for path in entry.paths)
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -1,4 +1,7 @@
-"""The command line as a user meets it: real processes, their exit codes, what they print and what they leave behind."""
+"""The command line as a user meets it: exit codes, what is printed and what is left behind.
+
+Where nothing hangs on the process, commands run in this one, which has imported torch already.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -17,7 +21,6 @@ from edgebuild.errors import EdgebuildError
 from edgebuild.spec import Plan
 
 ROOT = Path(__file__).parent.parent
-DIGITS = ROOT / "examples" / "digits"
 PROFILE = """
 name = "p"
 title = "t"
@@ -51,6 +54,24 @@ def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
         text=True,
         timeout=280,
     )
+
+
+@pytest.fixture
+def here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `run`, in this process and the test's own folder."""
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setattr(sys, "argv", ["edgebuild", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, stop.value.code, printed.out, printed.err)
+
+    return command
 
 
 def write(folder: Path, extra: str = "", calibration: str = "[x]", profile: str = PROFILE) -> None:
@@ -101,9 +122,9 @@ OTHER = """
     ],
     ids=["raises", "control-flow", "other-weights", "pickle", "nan", "empty", "shape", "bare-number", "typo"],
 )
-def test_bad_input_is_one_line_its_exit_code_and_nothing_written(tmp_path, written, code, message):
+def test_bad_input_is_one_line_its_exit_code_and_nothing_written(tmp_path, written, code, message, here):
     write(tmp_path, **written)
-    result = run("build", ".", "-p", "p.toml", "-o", "out", cwd=tmp_path)
+    result = here("build", ".", "-p", "p.toml", "-o", "out")
     assert result.returncode == code, result.stderr
     (line,) = errors(result)
     assert message in line
@@ -111,26 +132,27 @@ def test_bad_input_is_one_line_its_exit_code_and_nothing_written(tmp_path, writt
     assert "Traceback" not in result.stderr
 
 
-def test_a_missing_task_and_an_unknown_profile(tmp_path):
-    missing = run("build", "nowhere.py", "-p", "mobile-cpu", cwd=tmp_path)
+def test_a_missing_task_and_an_unknown_profile(tmp_path, here):
+    missing = here("build", "nowhere.py", "-p", "mobile-cpu")
     assert missing.returncode == 2 and "no task file at nowhere.py" in errors(missing)[0]
-    unknown = run("build", "nowhere.py", "-p", "mobile-cup", cwd=tmp_path)
+    unknown = here("build", "nowhere.py", "-p", "mobile-cup")
     assert unknown.returncode == 2 and "perhaps you meant 'mobile-cpu'" in errors(unknown)[0]
-    usage = run("build", cwd=tmp_path)
+    usage = here("build")
     assert usage.returncode == 2 and "Missing" in usage.stderr
 
 
-def test_no_qemu_is_exit_4_with_the_command(tmp_path, empty_cache):
+def test_no_qemu_is_exit_4_with_the_command(tmp_path, empty_cache, here, monkeypatch):
     write(tmp_path, profile=PROFILE.replace('"host"', '"pixel"'))
-    result = run("build", ".", "-p", "p.toml", "-o", "out", cwd=tmp_path, EDGEBUILD_QEMU="/nonexistent/qemu")
+    monkeypatch.setenv("EDGEBUILD_QEMU", "/nonexistent/qemu")
+    result = here("build", ".", "-p", "p.toml", "-o", "out")
     assert result.returncode == 4, result.stderr
     assert "apt-get install" in errors(result)[0]
     assert not (tmp_path / "out").exists()
 
 
-def test_an_impossible_budget_is_exit_3_and_the_nearest_value_that_it_names_is_feasible(tmp_path):
+def test_an_impossible_budget_is_exit_3_and_the_nearest_value_that_it_names_is_feasible(tmp_path, here):
     write(tmp_path, profile=PROFILE.replace("1 MiB", "1 KiB"))
-    result = run("build", ".", "-p", "p.toml", "-o", "out", "--json", "report.json", cwd=tmp_path)
+    result = here("build", ".", "-p", "p.toml", "-o", "out", "--json", "report.json")
     assert result.returncode == 3, result.stderr
     printed = " ".join(result.stdout.split())
     assert "What binds: size: 1 KiB asked, no plan is below" in printed
@@ -146,18 +168,18 @@ def test_an_impossible_budget_is_exit_3_and_the_nearest_value_that_it_names_is_f
             "[budgets]", "[distillation]\nsteps = 4\n[budgets]"
         )
     )
-    proof = run("build", ".", "-p", "p.toml", "-o", "out", cwd=tmp_path)
+    proof = here("build", ".", "-p", "p.toml", "-o", "out")
     assert proof.returncode == 0, proof.stdout + proof.stderr
     (artifact,) = (tmp_path / "out").glob("*.pte")
     assert artifact.stat().st_size <= float(f"{row['nearest'] / 1024:.4g}") * 1024, "as a person reads and asks for it"
 
 
-def test_a_plan_is_printed_edited_and_built(tmp_path):
+def test_a_plan_is_printed_edited_and_built(tmp_path, here):
     write(
         tmp_path,
         profile=PROFILE.replace("1 MiB", "14 KiB").replace("[budgets]", "[distillation]\nsteps = 4\n[budgets]"),
     )
-    planned = run("plan", ".", "-p", "p.toml", "-o", "plan.json", cwd=tmp_path)
+    planned = here("plan", ".", "-p", "p.toml", "-o", "plan.json")
     assert planned.returncode == 0, planned.stderr
     assert "solver: optimal" in planned.stdout and "14 KiB" in planned.stdout
     assert not (tmp_path / "build").exists()
@@ -165,14 +187,14 @@ def test_a_plan_is_printed_edited_and_built(tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     plan["widths"], plan["forms"] = [{"group": "3", "channels": 24, "of": 48}], []
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    built = run("build", ".", "-p", "p.toml", "-o", "out", "--plan", "plan.json", cwd=tmp_path)
+    built = here("build", ".", "-p", "p.toml", "-o", "out", "--plan", "plan.json")
     assert built.returncode in (0, 1), built.stderr
     used = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert used["widths"] == plan["widths"] and used["forms"] == []
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["rounds"]) == 1
 
     (tmp_path / "bad.json").write_text(json.dumps({**plan, "width": []}))
-    refused = run("build", ".", "-p", "p.toml", "-o", "none", "--plan", "bad.json", cwd=tmp_path)
+    refused = here("build", ".", "-p", "p.toml", "-o", "none", "--plan", "bad.json")
     assert refused.returncode == 2, refused.stderr
     assert "perhaps you meant 'widths'" in errors(refused)[0]
     assert not (tmp_path / "none").exists()
@@ -225,15 +247,15 @@ def test_output_that_finds_no_room(tmp_path, arguments):
     assert done.stderr == "error: the output cannot be written: No space left on device\n"
 
 
-def test_a_read_only_output_is_refused_before_the_work(tmp_path):
+def test_a_read_only_output_is_refused_before_the_work(tmp_path, here):
     write(tmp_path)
     (tmp_path / "out").write_text("the user's own")
-    result = run("build", ".", "-p", "p.toml", "-o", "out", cwd=tmp_path)
+    result = here("build", ".", "-p", "p.toml", "-o", "out")
     assert result.returncode == 2 and len(errors(result)) == 1
     assert (tmp_path / "out").read_text() == "the user's own"
 
 
-def test_a_broken_budget_is_exit_1(tmp_path):
+def test_a_broken_budget_is_exit_1(tmp_path, here):
     evaluate = (
         "scores = iter([1.0, *[0.5] * 9])\n"
         "    Task = __import__('functools').partial(Task_, evaluate=lambda p: (p(x), next(scores))[1])"
@@ -245,7 +267,7 @@ def test_a_broken_budget_is_exit_1(tmp_path):
     (tmp_path / "p.toml").write_text(
         PROFILE.replace("[budgets]", "rounds = 2\n[distillation]\nsteps = 4\n[budgets]") + DROP
     )
-    result = run("build", ".", "-p", "p.toml", "-o", "out", cwd=tmp_path)
+    result = here("build", ".", "-p", "p.toml", "-o", "out")
     assert result.returncode == 1, result.stderr + result.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     (verdict,) = [v for v in report["verdicts"] if v["kind"] == "accuracy_drop"]
@@ -255,7 +277,8 @@ def test_a_broken_budget_is_exit_1(tmp_path):
 
 def test_control_c_leaves_nothing_half_written(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "EDGEBUILD_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "edgebuild", "build", str(DIGITS), "-p", "mobile-cpu-tight", "-o", "out"]
+    command = [sys.executable, "-m", "edgebuild", "build", ".", "-p", "p.toml", "-o", "out"]
+    write(tmp_path)
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -302,12 +325,12 @@ def test_build_twice_then_no_op_then_touch(tmp_path):
     assert "up to date" not in after.stdout and "looked at" in errors(after)[0]
 
 
-def test_init_writes_a_task_that_loads_and_never_overwrites(tmp_path):
-    assert run("init", "mine", cwd=tmp_path).returncode == 0
-    looked = run("inspect", "mine", cwd=tmp_path)
+def test_init_writes_a_task_that_loads_and_never_overwrites(tmp_path, here):
+    assert here("init", "mine").returncode == 0
+    looked = here("inspect", "mine")
     assert looked.returncode == 0, looked.stderr
     assert "parameters" in looked.stdout and "channel group" in looked.stdout
-    again = run("init", "mine", cwd=tmp_path)
+    again = here("init", "mine")
     assert again.returncode == 2 and "exists already" in errors(again)[0]
 
 
