@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -23,6 +23,8 @@ from edgebuild.spec import (
     Timings,
 )
 from edgebuild.units import Bytes, Percent, Quantity, Seconds, Throughput, parse_drop
+
+T = TypeVar("T")
 
 MOST_THREADS = 256
 
@@ -58,7 +60,7 @@ def find(kind: str, name: str) -> Path:
         return path
     path = folder(kind) / f"{name}.toml"
     if not path.is_file():
-        raise UsageError(f"unknown {kind[:-1]} {name!r}", _did_you_mean(name, names(kind)))
+        raise UsageError(f"unknown {kind[:-1]} {name!r}", did_you_mean(name, names(kind)))
     return path
 
 
@@ -177,7 +179,7 @@ def core_file(name: str, beside: Path) -> Path:
     path = beside / name if name.endswith(".toml") else cores / f"{name}.toml"
     if not path.is_file():
         raise SpecError(
-            f"no model of a core {name!r}", _did_you_mean(name, sorted(p.stem for p in cores.glob("*.toml")))
+            f"no model of a core {name!r}", did_you_mean(name, sorted(p.stem for p in cores.glob("*.toml")))
         )
     return path
 
@@ -186,7 +188,7 @@ def _check_core(core: Core, path: Path) -> None:
     found = [name for group in core.execution for name in group.classes]
     for name in found:
         if name not in INSTRUCTION_CLASSES:
-            raise SpecError(f"{path}: unknown instruction class {name!r}", _did_you_mean(name, INSTRUCTION_CLASSES))
+            raise SpecError(f"{path}: unknown instruction class {name!r}", did_you_mean(name, INSTRUCTION_CLASSES))
         if found.count(name) > 1:
             raise SpecError(f"{path}: the instruction class {name!r} is there twice")
         core.slots(name)
@@ -243,7 +245,7 @@ def _ordered(target: Target, profile: Profile, path: Path) -> Target:
     names = [cluster.name for cluster in simulated.cluster]
     if profile.cluster not in names:
         raise SpecError(
-            f"{path}: {simulated.name!r} has no cluster {profile.cluster!r}", _did_you_mean(profile.cluster, names)
+            f"{path}: {simulated.name!r} has no cluster {profile.cluster!r}", did_you_mean(profile.cluster, names)
         )
     ordered = sorted(simulated.cluster, key=lambda cluster: cluster.name != profile.cluster)
     chosen = replace(simulated, cluster=tuple(ordered))
@@ -269,6 +271,12 @@ def load_plan(where: str) -> Plan:
     return plan
 
 
+def load_as(path: Path, kind: type[T]) -> T:
+    """Read any TOML into a dataclass as strictly as targets and profiles are read. Raises SpecError."""
+    value: T = _decode(read(path), kind, path)
+    return value
+
+
 def _budgets(table: Any, path: Path) -> tuple[Budget, ...]:
     if not isinstance(table, dict) or not table:
         raise SpecError(f"{path}: no budgets", 'write a table, such as [budgets] with size = "1 MiB"')
@@ -281,7 +289,7 @@ def _budgets(table: Any, path: Path) -> tuple[Budget, ...]:
             elif key in _BUDGET_UNITS:
                 budgets.append(Budget(key, float(_BUDGET_UNITS[key].parse(written))))
             else:
-                raise SpecError(f"unknown budget {key!r}", _did_you_mean(key, [*_BUDGET_UNITS, "accuracy_drop"]))
+                raise SpecError(f"unknown budget {key!r}", did_you_mean(key, [*_BUDGET_UNITS, "accuracy_drop"]))
         except SpecError as error:
             raise SpecError(f"{path}: budgets.{key}: {error.what}", error.remedy) from None
     return tuple(budgets)
@@ -325,11 +333,12 @@ def _check_keys(table: Any, kind: Any, path: Path, where: str) -> None:
         known = [field.name for field in fields(kinds[0])]
         for key, value in table.items():
             if key not in known:
-                raise SpecError(f"{path}: unknown key {f'{where}.{key}'.lstrip('.')!r}", _did_you_mean(key, known))
+                raise SpecError(f"{path}: unknown key {f'{where}.{key}'.lstrip('.')!r}", did_you_mean(key, known))
             _check_keys(value, hints[key], path, f"{where}.{key}")
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The remedy for an unknown name."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"perhaps you meant {close[0]!r}" if close else f"known: {', '.join(known)}"

@@ -177,6 +177,7 @@ def build(
     from rich.console import Console
 
     from edgebuild import bundle, cache, catalog, environment, inputs
+    from edgebuild import report as reports
 
     _check_inconclusive(inconclusive)
     chosen = catalog.load_profile(profile)
@@ -193,10 +194,14 @@ def build(
     )
     record = cache.key(str(folder.resolve()), str(Path(task).resolve()))
     console = Console()
-    known = None if rebuild or json else inputs.unchanged(record, depends)
-    if known is not None and _intact(folder, known["manifest"]):
+    known = None if rebuild else inputs.unchanged(record, depends)
+    if known is not None and (text := _kept(folder, known)) is not None:
         same = f"reused as it is: {known['files']} files of the task, profile, targets and versions are unchanged"
         console.print(f"{folder} is up to date: {known['summary']} ({same})", highlight=False, soft_wrap=True)
+        if "report" in known:
+            reports.terminal(reports.from_json(text), console)
+        if json:
+            _write(json, text)
         raise typer.Exit(known["code"])
     inputs.watch()
     _hush()
@@ -213,10 +218,13 @@ def build(
     code = _exit_code(made, inconclusive, targets[0].status != "unvalidated")
     if made.artifact:
         console.print(f"\nThe bundle is in {folder}", highlight=False, soft_wrap=True)
-        read = inputs.read_files(task) + [Path(extra).resolve() for extra in (weights, calibration, plan) if extra]
-        files = [path for path in read if path.is_file() and not path.is_relative_to(folder.resolve())]
-        manifest = cache.key((folder / "manifest.json").read_bytes())
-        inputs.record(record, files, depends, {"code": code, "summary": made.summary, "manifest": manifest})
+        kept = {"manifest": cache.key((folder / "manifest.json").read_bytes())}
+    else:
+        kept = {"report": text}
+    read = inputs.read_files(task) + [Path(extra).resolve() for extra in (weights, calibration, plan) if extra]
+    ours = [folder.resolve(), *([json.resolve()] if json else [])]
+    files = [path for path in read if path.is_file() and not any(map(path.is_relative_to, ours))]
+    inputs.record(record, files, depends, {"code": code, "summary": made.summary, **kept})
     raise typer.Exit(code)
 
 
@@ -236,15 +244,18 @@ def _hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _intact(folder: Path, manifest: str) -> bool:
-    """Whether the bundle is the one that the recorded build wrote, to the byte."""
+def _kept(folder: Path, known: dict[str, Any]) -> str | None:
+    """The report of a recorded build, if its bundle is the one that it wrote, to the byte, or it could write none."""
     from edgebuild import bundle, cache
 
+    if "report" in known:
+        return str(known["report"])
     try:
-        bundle.read(folder)
-        return cache.key((folder / "manifest.json").read_bytes()) == manifest
+        files = bundle.read(folder)
+        same = cache.key((folder / "manifest.json").read_bytes()) == known["manifest"]
+        return files["report.json"].decode() if same else None
     except (EdgebuildError, OSError):
-        return False
+        return None
 
 
 def _progress(message: str, seconds: float) -> None:
@@ -382,6 +393,41 @@ def _report_text(path: Path) -> str:
         raise SpecError(f"{path}: the report is not UTF-8: {error.reason}") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "name a bundle or a report.json") from None
+
+
+@app.command()
+def matrix(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A TOML of tasks and profiles.")],
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Builds at once. [one for two cores, if memory lasts]")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Build on the Ray cluster there: HOST:PORT or auto.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder of the bundles. [FILE's]")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the overview as JSON here, or to -.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write it as JUnit XML here, or to -.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the overview.")] = False,
+) -> None:
+    """Build many tasks for many profiles; what was built before and has not changed is not built again.
+
+    Exit codes: 0 all budgets met, 3 no feasible plan for some and nothing worse, 1 a budget broken or a cell failed, 2
+    bad usage or input, 4 something is missing.
+    """
+    from rich.console import Console
+
+    from edgebuild import matrix as cells
+
+    spec = cells.load(file, output)
+    made = cells.run(spec, jobs, ray, (lambda message, seconds: None) if quiet else _progress)
+    if json:
+        _write(json, cells.as_json(made))
+    if junit:
+        _write(junit, cells.junit(spec.output, made))
+    if Path("-") not in (json, junit):
+        cells.terminal(made, Console())
+        print(f"\nThe overview is {spec.output / 'overview.html'}")
+    raise typer.Exit(made.exit_code)
 
 
 @app.command()

@@ -15,6 +15,8 @@ from typing import Any
 
 from edgebuild import cache
 
+OUTPUTS = "EDGEBUILD_OUTPUTS"  # names a folder that many builds write to: what they write is no input of theirs
+
 _opened: set[str] = set()
 _watching = False
 
@@ -39,6 +41,7 @@ def read_files(task: str) -> list[Path]:
     ours = [sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     ours += [str(Path(__file__).parent), str(cache.root()), "/proc", "/sys", "/dev", "/usr", "/etc"]
     ours += [str(Path(tempfile.gettempdir()).resolve() / "edgebuild-")]
+    ours += [f"{folder}/" for folder in (os.environ.get(OUTPUTS),) if folder]
     found = {Path(name).resolve() for name in list(_opened)}
     where = Path(task)
     folder = where if where.is_dir() else where.parent

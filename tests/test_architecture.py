@@ -75,8 +75,9 @@ MAY_IMPORT["loop"] = STAGES | {"attempt"}
 MAY_IMPORT["handoff"] = STAGES | {"attempt"}
 MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop", "handoff"}
 MAY_IMPORT["preview"] = STAGES | {"pipeline"}
+MAY_IMPORT["matrix"] = BASE | {"catalog", "cache", "inputs", "clock", "report"}
 MAY_IMPORT["pytest_plugin"] = {"errors", "bundle", "settings", "checking", "report"}
-MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "handoff", "pipeline", "preview"}
+MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "handoff", "pipeline", "preview", "matrix"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 FRAMEWORKS = {"torch", "accelerate", "torchao", "torchvision", "torch_pruning", "executorch", "tensorly"}
@@ -111,6 +112,7 @@ LIGHT = {
     "github",
     "pytest_plugin",
     "verify_bundle",
+    "matrix",
 }
 # Apart from the process that an artifact runs in, a program of its own, and what `host_rates` and `arm_rates` import
 # when they have to write the program of the layers that are timed.

@@ -162,6 +162,9 @@ def test_an_impossible_budget_is_exit_3_and_the_nearest_value_that_it_names_is_f
     assert not (tmp_path / "out").exists()
     (row,) = report["reachable"]
     assert row["measured"] and row["smallest"] <= row["nearest"]
+    again = run("build", ".", "-p", "p.toml", "-o", "out", "--json", "again.json", cwd=tmp_path)
+    assert again.returncode == 3 and "up to date" in again.stdout and "What binds: size" in again.stdout
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "report.json").read_bytes()
 
     (tmp_path / "p.toml").write_text(
         PROFILE.replace("1 MiB", f"{row['nearest'] / 1024:.4g} KiB").replace(

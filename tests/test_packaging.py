@@ -115,7 +115,7 @@ def test_help_loads_no_framework() -> None:
     loaded = {line.split("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if line.count("|") == 2}
     assert "typer" in loaded
     assert not loaded & {"torch", "torchao", "torchvision", "executorch", "numpy", "scipy"}
-    for verb in ("build", "report", "inspect", "init", "targets", "profiles", "doctor"):
+    for verb in ("build", "report", "inspect", "init", "matrix", "targets", "profiles", "doctor"):
         assert re.search(rf"\b{verb}\b", done.stdout), done.stdout
 
 

@@ -26,6 +26,7 @@ from safetensors import numpy as tensors
 
 from edgebuild.devices import confine, host_rates, host_worker, layer_model, probes, timing
 from edgebuild.devices.device import Arrays
+from edgebuild.devices.turn import turn
 from edgebuild.errors import DeviceError, MissingEnvironment
 from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
 from edgebuild.units import Bytes
@@ -230,7 +231,7 @@ def measure(
     another.
     """
     busy = os.getloadavg()[0]
-    with start(artifact, target, threads) as worker:
+    with turn("host"), start(artifact, target, threads) as worker:
         peak, exact = worker.memory(inputs[0])
         found, settled = worker.time(inputs[0])
         found = timing.go_on(found, enough, lambda s: worker.time(inputs[0], at_least=s, at_most=s)[0])
@@ -277,7 +278,8 @@ def rates(target: Target, threads: int) -> layer_model.Rates:
         return known
     timed = probes.everything()
     seconds = np.full(len(timed), inf)
-    with start(host_rates.program(timed), target, threads) as worker:
+    program = host_rates.program(timed)
+    with turn("host"), start(program, target, threads) as worker:
         for _ in range(CALIBRATION_ROUNDS):
             for i, probe in enumerate(timed):
                 x = np.ones(probe.shape, np.int8 if probe.int8_input else np.float32)

@@ -16,6 +16,7 @@ from edgebuild.devices import remote, runtime, sysfs, timing
 from edgebuild.devices.device import Arrays, Device
 from edgebuild.devices.guest import Guest, start
 from edgebuild.devices.remote import Connection, quoted
+from edgebuild.devices.turn import turn
 from edgebuild.errors import DeviceError
 from edgebuild.spec import CalibrationError, LayerFacts, Measurement, Precision, Target
 
@@ -54,7 +55,8 @@ def measure(
 
     An inference is what a caller on the device waits for: handing in the inputs and running.
     """
-    with _connected(target) as (connection, place):
+    assert target.ssh is not None
+    with turn(target.ssh.host), _connected(target) as (connection, place):
         before = sysfs.read(connection)
         with _loaded(connection, place, artifact, threads) as guest:
             guest.run(inputs[0])
