@@ -94,4 +94,10 @@ def runnable(kind: Literal["pte", "torchscript"] = "pte") -> tuple[dict[str, byt
         bundled_program="small.bpte" if kind == "pte" else "",
     )
     made = replace(said.artifact, format=kind)
-    return files, replace(said, vectors=vectors, artifact=made, outputs=(replace(said.outputs[0], atol=1e-5),))
+    return files, replace(
+        said,
+        vectors=vectors,
+        artifact=made,
+        outputs=(replace(said.outputs[0], atol=1e-5),),
+        provenance=replace(said.provenance, plan=sha256(files["plan.json"])),
+    )

@@ -200,7 +200,7 @@ def test_a_file_that_is_not_there_or_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="there is no file"), host.load(tmp_path / "none.pte", TARGET, 1):
         pass
     (tmp_path / "model.onnx").touch()
-    with pytest.raises(DeviceError, match=r"the host runs \.pte and \.pt"):
+    with pytest.raises(DeviceError, match=r"the host runs \.pte, \.bpte and \.pt"):
         host.measure(tmp_path / "model.onnx", TARGET, 1, [(X,)], ())
 
 
