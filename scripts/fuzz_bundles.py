@@ -13,6 +13,7 @@ has a seed of its own, which is printed where it fails; `--only SEED` repeats it
 import argparse
 import contextlib
 import copy
+import faulthandler
 import json
 import os
 import random
@@ -442,6 +443,7 @@ class Forked:
                 for end in (*inputs, *outputs):
                     os.close(end)
                 signal.setitimer(signal.ITIMER_REAL, 0)
+                faulthandler.disable()  # what crashes here is no news
                 confine.confine(PROGRAM_MEMORY)
                 host_worker.main(str(path), 1)
             finally:
