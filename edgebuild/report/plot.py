@@ -134,7 +134,7 @@ def _drawn(curve: Curve, points: tuple[Point, ...]) -> str:
             at = curve.bound / factor
             axes.axvline(at, label="the budget", color=_BOUND, linestyle=(0, (5, 4)), linewidth=1.5, zorder=1)
         axes.margins(0.08, 0.12)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return file.getvalue()
