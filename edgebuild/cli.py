@@ -206,7 +206,6 @@ def build(
     inputs.watch()
     _hush()
     from edgebuild import pipeline
-    from edgebuild import report as reports
 
     tell = (lambda message, seconds: None) if quiet else _progress
     request = pipeline.Request(task, profile, folder, weights, calibration, student, rebuild, plan)
