@@ -33,13 +33,15 @@ class Check:
     ok: bool = True
 
 
-def verify(path: Path, tell: Callable[[Check], None]) -> bool:
+def verify(path: Path, tell: Callable[[Check], None], loaded: Bundle | None = None) -> bool:
     """Check the bundle in a folder or an archive, telling each check; False where outputs differ from the expected.
+
+    `loaded` is the bundle where it is read already, as `signing.verify` does.
 
     Raises UsageError where there is no bundle, SpecError where it is damaged or hostile, MissingEnvironment where the
     runtime is not installed.
     """
-    loaded = bundle.load(path)
+    loaded = loaded or bundle.load(path)
     size = sum(file.size for file in loaded.manifest.files.values())
     tell(Check("files", f"{len(loaded.files)} as listed, {size:,} bytes, every SHA-256 is right"))
     _check_report(path, loaded)
