@@ -45,7 +45,11 @@ TaskArgument = Annotated[
 ]
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="A shipped profile's name, or a path to a TOML.")]
 WeightsOption = Annotated[str | None, typer.Option(help="Weights of a torchvision model: safetensors or a state dict.")]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or its archive to verify.")]
+RequireOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="KEY", help="Refuse a bundle that none of these public keys has signed. Repeatable."),
+]
 CalibrationOption = Annotated[
     str | None,
     typer.Option(help="Calibration inputs for torchvision models and .pt2 files: .npz or a folder of images."),
@@ -305,6 +309,7 @@ def _write(path: Path, text: str) -> None:
 @app.command("verify-bundle")
 def verify_bundle(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder or archive.")],
+    require_signature: RequireOption = None,
 ) -> None:
     """Check every file of a bundle from anywhere, and run its test vectors in a confined process.
 
@@ -316,7 +321,21 @@ def verify_bundle(
     def tell(check: verifier.Check) -> None:
         print(f"{'ok    ' if check.ok else 'differs'} {check.what}: {check.found}", flush=True)
 
-    raise typer.Exit(0 if verifier.verify(path, tell) else 1)
+    loaded = _load(path, require_signature)
+    raise typer.Exit(0 if verifier.verify(path, tell, loaded) else 1)
+
+
+def _load(path: Path, keys: list[Path] | None) -> Any:
+    """The bundle, signed by one of the keys where that is asked for: what was verified is what is used."""
+    from edgebuild import bundle
+
+    if not keys:
+        return bundle.load(path)
+    from edgebuild import signing
+
+    signed = signing.verify(path, keys)
+    print(f"signed by {signed.key} (key {signed.keyid[:16]})", flush=True)
+    return signed.bundle
 
 
 @app.command()
@@ -578,10 +597,7 @@ def check(
     json: JsonOption = None,
     markdown: MarkdownOption = None,
     junit: Annotated[Path | None, typer.Option(help="Also write a JUnit report here.")] = None,
-    require_signature: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="KEY", help="Refuse a bundle that none of these public keys has signed. Repeatable."),
-    ] = None,
+    require_signature: RequireOption = None,
     inconclusive: InconclusiveOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the report.")] = False,
 ) -> None:
@@ -592,17 +608,11 @@ def check(
     """
     from rich.console import Console
 
-    from edgebuild import bundle as bundles
     from edgebuild import checking, report, settings
     from edgebuild.report import gate
 
     _check_inconclusive(inconclusive)
-    if require_signature:
-        from edgebuild import signing
-
-        files = signing.verify(bundle, require_signature).files
-    else:
-        files = bundles.read(bundle)
+    files = _load(bundle, require_signature).files
     chosen = settings.read(files, profile or "", device or ())
     with github.plain():
         made = checking.check(files, chosen, (lambda message, seconds: None) if quiet else _progress, not device)
@@ -807,7 +817,8 @@ def verify_signature(
     from edgebuild import signing
 
     signed = signing.verify(bundle, key)
-    print(f"{bundle} is signed by {signed.key} (key {signed.keyid[:16]}): all {len(signed.files) + 1} files as signed")
+    files = len(signed.bundle.files) + 1  # the manifest
+    print(f"{bundle} is signed by {signed.key} (key {signed.keyid[:16]}): all {files} files as signed")
 
 
 def _passphrase(confirm: bool = False) -> bytes:

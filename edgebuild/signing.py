@@ -5,7 +5,6 @@ DSSE envelope (https://github.com/secure-systems-lab/dsse), by in-toto's own lib
 the manifest's included, and holds no time: the same bundle and Ed25519 key give the same bytes.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from urllib.parse import quote
 
 import msgspec
 
-from edgebuild import bundle, environment, report
+from edgebuild import bundle, environment
+from edgebuild.bundle import Bundle
 from edgebuild.errors import MissingEnvironment, SpecError, UsageError
+from edgebuild.manifest import sha256
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner, SSlibKey
@@ -60,12 +61,12 @@ class _Statement(msgspec.Struct, frozen=True, rename="camel"):
 
 @dataclass(frozen=True)
 class Signed:
-    """A bundle whose signature holds: the key that made it, what it says of the build, and the files it covers."""
+    """A bundle whose signature holds: the key that made it, what it says of the build, and the bundle as verified."""
 
     key: Path
     keyid: str
     predicate: Mapping[str, Any]
-    files: Mapping[str, bytes]
+    bundle: Bundle
 
 
 # ---------------------------------------------------------------------------------------------------------- keys
@@ -181,34 +182,25 @@ def _library() -> None:
 def sign(folder: Path, signers: Sequence["CryptoSigner"], builder: str = BUILDER) -> None:
     """Sign a bundle with each key, after it was checked against its manifest; a signature that is there is replaced.
 
-    Raises UsageError and SpecError as `bundle.read` does, and where the bundle cannot be written.
+    Raises UsageError and SpecError as `bundle.load` does, and where the bundle is an archive or cannot be written.
     """
     from securesystemslib.dsse import Envelope
 
-    envelope = Envelope(_statement(folder, builder), PAYLOAD_TYPE, {})
+    if folder.is_file():
+        raise UsageError(f"{folder} is no folder", "sign the bundle's folder, then pack it: edgebuild pack")
+    envelope = Envelope(_statement(bundle.load(folder), builder), PAYLOAD_TYPE, {})
     for one in signers:
         envelope.sign(one)
     bundle.attach(folder, msgspec.json.format(msgspec.json.encode(envelope.to_dict()), indent=2) + b"\n")
 
 
-def _statement(folder: Path, builder: str) -> bytes:
-    """What is signed: the hash of every file, and the build as its report states it."""
-    files = bundle.read(folder)
-    subjects = _digests({**files, bundle.MANIFEST: bundle.unlisted(folder)[bundle.MANIFEST]})
-    if "report.json" not in files:
-        raise SpecError(f"{folder}: there is no report.json, which says how the bundle was built")
-    made = report.from_json(files["report.json"])
-    rest = dict(made["environment"])
-    versions = {name: rest.pop(name) for name in (*_PURLS, "edgebuild") if name in rest}
+def _statement(loaded: Bundle, builder: str) -> bytes:
+    """What is signed: the hash of every file, and the build as the manifest states it."""
+    said, subjects = loaded.manifest, _digests(loaded)
+    made = said.provenance
     given = [name for name in subjects if name in ("plan.json", "profile.toml") or name.startswith("targets/")]
-    dependencies = [{"name": name, "digest": {"sha256": subjects[name]}} for name in given]
-    if "inputs" in rest:
-        dependencies.append({"name": "inputs", "digest": {"edgebuildInputs": rest.pop("inputs")}})
-    dependencies += [
-        {"name": name, "uri": f"{_PURLS[name]}@{quote(version)}"}
-        for name, version in versions.items()
-        if name in _PURLS and version != "absent"
-    ]
+    digests = {"sources": made.sources, "weights": made.weights, "calibration": made.calibration}
+    packages = {name: made.versions[name] for name in _PURLS if made.versions.get(name, "absent") != "absent"}
     return msgspec.json.encode(
         {
             "_type": STATEMENT_TYPE,
@@ -217,31 +209,37 @@ def _statement(folder: Path, builder: str) -> bytes:
             "predicate": {
                 "buildDefinition": {
                     "buildType": BUILD_TYPE,
-                    "externalParameters": {key: made[key] for key in ("task", "profile", "targets")},
-                    "internalParameters": rest,
-                    "resolvedDependencies": dependencies,
+                    "externalParameters": {
+                        "task": said.task,
+                        "profile": said.profile.name,
+                        "targets": said.profile.targets,
+                    },
+                    "internalParameters": {"seed": made.seed},
+                    "resolvedDependencies": [
+                        *({"name": name, "digest": {"sha256": subjects[name]}} for name in given),
+                        *({"name": name, "digest": {"edgebuild": digest}} for name, digest in digests.items()),
+                        *({"name": name, "uri": f"{_PURLS[name]}@{quote(packages[name])}"} for name in packages),
+                    ],
                 },
                 "runDetails": {
-                    "builder": {
-                        "id": builder,
-                        "version": {key: versions[key] for key in ("edgebuild",) if key in versions},
-                    },
-                    "metadata": {"invocationId": made["build_id"]},
+                    "builder": {"id": builder, "version": {"edgebuild": said.edgebuild}},
+                    "metadata": {"invocationId": made.build_id},
                 },
             },
         }
     )
 
 
-def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
-    return {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
+def _digests(loaded: Bundle) -> dict[str, str]:
+    files = {**loaded.files, bundle.MANIFEST: loaded.unlisted[bundle.MANIFEST]}
+    return {name: sha256(files[name]) for name in sorted(files)}
 
 
 # ----------------------------------------------------------------------------------------------------- verifying
 
 
-def verify(folder: Path, keys: Sequence[Path]) -> Signed:
-    """The files of a bundle that one of the public keys has signed, each compared to the hash that was signed.
+def verify(path: Path, keys: Sequence[Path]) -> Signed:
+    """A bundle, a folder or an archive, that one of the public keys has signed, each file compared to what was signed.
 
     The signature is checked over the payload's bytes before they are looked into; nothing is written or run. Raises
     UsageError for a key that cannot be read, or where there is no bundle; SpecError where there is no signature, it is
@@ -250,16 +248,16 @@ def verify(folder: Path, keys: Sequence[Path]) -> Signed:
     _library()
     if not keys:
         raise UsageError("a signature is checked against public keys, and none is given", "name them with --key")
-    trusted = [(path, _public(path)) for path in keys]
-    found = bundle.unlisted(folder)
+    trusted = [(key, _public(key)) for key in keys]
+    found = bundle.unlisted(path)
     if bundle.PROVENANCE not in found:
-        raise SpecError(f"{folder} is not signed: it holds no {bundle.PROVENANCE}", "edgebuild sign")
-    where = f"{folder}: {bundle.PROVENANCE}"
+        raise SpecError(f"{path} is not signed: it holds no {bundle.PROVENANCE}", "edgebuild sign")
+    where = f"{path}: {bundle.PROVENANCE}"
     payload, key, keyid = _opened(found[bundle.PROVENANCE], trusted, where)
     said = _parsed(payload, where)
-    files = bundle.read(folder)
-    _compare(said.subject, _digests({**files, bundle.MANIFEST: found[bundle.MANIFEST]}), folder)
-    return Signed(key, keyid, said.predicate, files)
+    loaded = bundle.load(path)
+    _compare(said.subject, _digests(loaded), path)
+    return Signed(key, keyid, said.predicate, loaded)
 
 
 def _opened(data: bytes, trusted: Sequence[tuple[Path, "SSlibKey"]], where: str) -> tuple[bytes, Path, str]:
@@ -307,14 +305,14 @@ def _parsed(payload: bytes, where: str) -> _Statement:
     return said
 
 
-def _compare(subjects: Sequence[_Subject], found: Mapping[str, str], folder: Path) -> None:
+def _compare(subjects: Sequence[_Subject], found: Mapping[str, str], path: Path) -> None:
     signed = {subject.name: subject.digest.get("sha256", "") for subject in subjects}
     if len(signed) != len(subjects):
-        raise SpecError(f"{folder}: the signature names a file twice")
+        raise SpecError(f"{path}: the signature names a file twice")
     for name in sorted(signed.keys() | found.keys()):
         if name not in found:
-            raise SpecError(f"{folder}: {name[:200]!r} was signed, and is missing")
+            raise SpecError(f"{path}: {name[:200]!r} was signed, and is missing")
         if name not in signed:
-            raise SpecError(f"{folder}: {name} is not covered by the signature")
+            raise SpecError(f"{path}: {name} is not covered by the signature")
         if signed[name] != found[name]:
-            raise SpecError(f"{folder}: {name} is not the file that was signed: its SHA-256 is another")
+            raise SpecError(f"{path}: {name} is not the file that was signed: its SHA-256 is another")

@@ -33,13 +33,13 @@ class Check:
     ok: bool = True
 
 
-def verify(path: Path, tell: Callable[[Check], None]) -> bool:
+def verify(path: Path, tell: Callable[[Check], None], loaded: Bundle | None = None) -> bool:
     """Check the bundle in a folder or an archive, telling each check; False where outputs differ from the expected.
 
-    Raises UsageError where there is no bundle, SpecError where it is damaged or hostile, MissingEnvironment where the
+    `loaded` is the bundle where it is read already, as `signing.verify` does. Raises UsageError where there is no bundle, SpecError where it is damaged or hostile, MissingEnvironment where the
     runtime is not installed.
     """
-    loaded, inputs, outputs = read(path)
+    loaded, inputs, outputs = read(path, loaded)
     program, name = loaded.manifest.artifact, loaded.manifest.vectors.bundled_program
     size = sum(file.size for file in loaded.manifest.files.values())
     tell(Check("files", f"{len(loaded.files)} as listed, {size:,} bytes, every SHA-256 is right"))
@@ -52,9 +52,9 @@ def verify(path: Path, tell: Callable[[Check], None]) -> bool:
     return all(check.ok for check in found)
 
 
-def read(path: Path) -> tuple[Bundle, list[Arrays], list[Arrays]]:
-    """A bundle with its test vectors, whose files agree with each other. Nothing is run; raises as `verify` does."""
-    loaded = bundle.load(path)
+def read(path: Path, loaded: Bundle | None = None) -> tuple[Bundle, list[Arrays], list[Arrays]]:
+    """A bundle with its test vectors, whose files agree with each other. Nothing is run; arguments as of `verify`."""
+    loaded = loaded or bundle.load(path)
     made = loaded.manifest
     _check_report(path, loaded)
     for name, digest in (("plan.json", made.provenance.plan), ("profile.toml", made.provenance.profile)):

@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "archive": {"errors"},
     "bundle": BASE | {"manifest", "archive", "report"},
     "verify_bundle": BASE | {"manifest", "report", "bundle", "devices"},
-    "signing": BASE | {"environment", "report", "bundle"},
+    "signing": BASE | {"environment", "manifest", "bundle"},
     "integration": {"manifest"},
     "settings": BASE | {"catalog"},
     "checking": BASE | {"bundle", "clock", "devices", "environment", "judge", "report", "settings"},

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from edgebuild import bundle, github
+from edgebuild import bundle, github, signing
 
 ROOT = Path(__file__).parent.parent
 ACTION = yaml.safe_load((ROOT / ".github" / "actions" / "check" / "action.yml").read_text(encoding="utf-8"))
@@ -120,6 +120,12 @@ def test_a_changed_byte_is_exit_2_and_an_annotation(folder, made):
     done = run(folder, "Check the budgets", bundle="damaged")
     assert done.returncode == 2 and "small.pte was changed" in done.stderr
     assert "::error title=edgebuild::damaged: small.pte was changed" in done.stdout
+
+
+def test_the_action_wants_a_signature_by_one_of_its_keys(folder):
+    signing.generate(folder / "key")
+    done = run(folder, "Check the budgets", bundle="smaller", keys="\nkey.pub\n")
+    assert done.returncode == 2 and "smaller is not signed" in done.stderr
 
 
 def test_texts_of_a_bundle_stay_in_their_annotation():

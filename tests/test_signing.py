@@ -10,56 +10,36 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from bundles import contents
+from bundles import contents, runnable
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from google.protobuf import json_format
 from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
 from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
+from msgspec.structs import replace
 from securesystemslib.dsse import Envelope
 from securesystemslib.signer import SSlibKey
 
-from edgebuild import bundle, report, signing
-from edgebuild.environment import versions
+from edgebuild import bundle, signing
 from edgebuild.errors import MissingEnvironment, SpecError, UsageError
-from edgebuild.spec import Report
+from edgebuild.manifest import Contents
 
 ENVELOPE = "provenance.intoto.json"
 TYPE = "application/vnd.in-toto+json"
 
-REPORT = Report(
-    outcome="met",
-    summary="every budget of p is met",
-    task="digits",
-    profile="p",
-    targets=("pixel-3a", "host"),
-    artifact="digits.pte",
-    artifact_sha256="ab" * 32,
-    size=4,
-    original_size=8,
-    plan=None,
-    verdicts=(),
-    accuracy=None,
-    parity=(),
-    measurements=(),
-    original_measurements=(),
-    layers=(),
-    rounds=(),
-    reachable=(),
-    frontier=(),
-    dropped=(),
-    trials=(),
-    calibration={},
-    findings=(),
-    stages={},
-    environment={**versions(), "machine": "a", "seed": "0", "inputs": "cd" * 32},
-    build_id="66e3dee32e6f63f0",
-)
-FILES = {"digits.pte": b"\x00\x01" * 500, "plan.json": b"{}\n", "report.json": report.to_json(REPORT).encode()}
+
+def manifest(files: Mapping[str, bytes]) -> Contents:
+    said = contents(files)
+    versions = {"python": "3.11", "torch": "2.13.0+cpu", "torchvision": "absent", "edgebuild": "0.1.0"}
+    return replace(said, provenance=replace(said.provenance, versions=versions))
+
+
+FILES = {"digits.pte": b"\x00\x01" * 500, "plan.json": b"{}\n", "profile.toml": b"", "targets/host.toml": b""}
 
 
 def never() -> bytes:
@@ -77,7 +57,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    bundle.write(tmp_path / "out", FILES, contents(FILES))
+    bundle.write(tmp_path / "out", FILES, manifest(FILES))
     return tmp_path / "out"
 
 
@@ -118,8 +98,8 @@ def seal(folder: Path, key: Path, body: bytes, kind: str = TYPE) -> None:
 def test_what_was_signed_is_verified(signed, keys):
     found = signing.verify(signed, [keys / "b.pub", keys / "a.pub"])
     assert found.key == keys / "a.pub" and len(found.keyid) == 64
-    assert found.files == FILES
-    assert found.predicate["runDetails"]["metadata"] == {"invocationId": REPORT.build_id}
+    assert found.bundle.files == FILES
+    assert found.predicate["runDetails"]["metadata"] == {"invocationId": "0123"}
     assert bundle.read(signed) == FILES
 
 
@@ -136,15 +116,23 @@ def test_two_keys_sign_and_either_is_enough(out, keys):
         assert signing.verify(out, [keys / f"{name}.pub"]).key == keys / f"{name}.pub"
 
 
+def test_an_archive_of_a_signed_bundle(signed, keys, tmp_path):
+    archive = tmp_path / "out.zip"
+    bundle.write_archive(signed, archive)
+    assert signing.verify(archive, [keys / "a.pub"]).bundle.files == FILES
+    with pytest.raises(SpecError, match="none of the keys"):
+        signing.verify(archive, [keys / "b.pub"])
+
+
 def test_a_new_build_takes_the_old_signature_away(signed, keys):
     bundle.check_writable(signed)
-    bundle.write(signed, FILES, contents(FILES))
+    bundle.write(signed, FILES, manifest(FILES))
     assert not (signed / ENVELOPE).exists() and os.listdir(signed.parent) == ["out"]
     with pytest.raises(SpecError, match="is not signed"):
         signing.verify(signed, [keys / "a.pub"])
 
 
-def test_the_commands(out, tmp_path):
+def test_the_commands(out, keys, tmp_path):
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "edgebuild", *arguments]
         where = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
@@ -163,11 +151,28 @@ def test_the_commands(out, tmp_path):
     done = run("sign", "out", EDGEBUILD_SIGNING_KEY=secret, EDGEBUILD_SIGNING_PASSPHRASE="open sesame")
     assert done.returncode == 0, done.stderr
     good = run("verify-signature", "out", "--key", "key.pub")
-    assert good.returncode == 0 and "all 4 files as signed" in good.stdout, good.stderr
+    assert good.returncode == 0 and "all 5 files as signed" in good.stdout, good.stderr
+    for verb in ("check", "verify-bundle"):
+        other = run(verb, "out", "--require-signature", str(keys / "b.pub"))
+        assert other.returncode == 2 and "signed by none of the keys" in other.stderr, "before anything in it is used"
     (out / "plan.json").write_bytes(b"[]\n")
     bad = run("verify-signature", "out", "--key", "key.pub")
     assert bad.returncode == 2 and bad.stderr.startswith("error: out: plan.json was changed")
     assert bad.stderr.count("\n") == 1
+
+
+def test_a_signed_bundle_is_run(tmp_path, keys):
+    """`verify-bundle` runs what was verified, and does not read it a second time."""
+    from edgebuild import verify_bundle
+
+    files, said = runnable()
+    bundle.write(tmp_path / "out", files, said)
+    signing.sign(tmp_path / "out", [signing.signer(str(keys / "a"), never)])
+    signed = signing.verify(tmp_path / "out", [keys / "a.pub"])
+    shutil.rmtree(tmp_path / "out")
+    checks: list[verify_bundle.Check] = []
+    assert verify_bundle.verify(tmp_path / "out", checks.append, signed.bundle)
+    assert len(checks) >= 4
 
 
 # ------------------------------------------------------------------------------------------------ what is signed
@@ -194,28 +199,29 @@ def test_it_names_every_file_and_the_build(signed):
     assert {one["name"]: one["digest"]["sha256"] for one in said["subject"]} == {
         name: hashlib.sha256(data).hexdigest() for name, data in contents.items()
     }
+    made = manifest(FILES)
     definition = said["predicate"]["buildDefinition"]
-    assert definition["externalParameters"] == {"task": "digits", "profile": "p", "targets": ["pixel-3a", "host"]}
-    assert definition["internalParameters"] == {"machine": "a", "seed": "0"}
+    assert definition["externalParameters"] == {"task": made.task, "profile": "phone", "targets": ["host"]}
+    assert definition["internalParameters"] == {"seed": 0}
     needed = {one["name"]: one for one in definition["resolvedDependencies"]}
-    assert needed["plan.json"]["digest"]["sha256"] == hashlib.sha256(FILES["plan.json"]).hexdigest()
-    assert needed["inputs"]["digest"] == {"edgebuildInputs": "cd" * 32}
-    assert needed["numpy"]["uri"] == f"pkg:pypi/numpy@{versions()['numpy']}"
-    assert "+" not in needed["torch"]["uri"]
+    for name in ("plan.json", "profile.toml", "targets/host.toml"):
+        assert needed.pop(name)["digest"]["sha256"] == hashlib.sha256(FILES[name]).hexdigest()
+    assert needed.pop("python")["uri"] == "pkg:generic/python@3.11"
+    assert needed.pop("torch")["uri"] == "pkg:pypi/torch@2.13.0%2Bcpu"
+    assert {name: one["digest"] for name, one in needed.items()} == {
+        name: {"edgebuild": getattr(made.provenance, name)} for name in ("sources", "weights", "calibration")
+    }
 
 
-def test_a_bundle_without_a_report_or_damaged_is_not_signed(out, keys):
+def test_a_damaged_bundle_and_an_archive_are_not_signed(out, keys):
     key = [signing.signer(str(keys / "a"), never)]
+    bundle.write_archive(out, out.with_suffix(".zip"))
+    with pytest.raises(UsageError, match="edgebuild pack"):
+        signing.sign(out.with_suffix(".zip"), key)
     (out / "plan.json").write_bytes(b"[]\n")
     with pytest.raises(SpecError, match=r"plan.json was changed"):
         signing.sign(out, key)
-    bundle.write(out, {"digits.pte": b"1"}, contents({"digits.pte": b"1"}))
-    with pytest.raises(SpecError, match=r"no report.json"):
-        signing.sign(out, key)
-    bundle.write(out, {"report.json": b"{}"}, contents({"report.json": b"{}"}))
-    with pytest.raises(SpecError, match="schema_version"):
-        signing.sign(out, key)
-    assert not (out / ENVELOPE).exists() and os.listdir(out.parent) == ["out"]
+    assert not (out / ENVELOPE).exists() and sorted(os.listdir(out.parent)) == ["out", "out.zip"]
 
 
 # ------------------------------------------------------------------------------------------------------ tampering
@@ -230,12 +236,12 @@ def rewrite(folder: Path, change) -> None:
 def relist(folder: Path, files: dict[str, bytes]) -> None:
     """Other files, with a manifest that fits them, and the old signature."""
     old = (folder / ENVELOPE).read_bytes()
-    bundle.write(folder, files, contents(files))
+    bundle.write(folder, files, manifest(files))
     (folder / ENVELOPE).write_bytes(old)
 
 
 def changed_payload(out: Path, keys: Path) -> None:
-    body = base64.b64decode(envelope(out)["payload"]).replace(b'"digits"', b'"digitS"')
+    body = base64.b64decode(envelope(out)["payload"]).replace(b'"small"', b'"smalL"')
     rewrite(out, lambda whole: whole.update(payload=base64.b64encode(body).decode()))
 
 
@@ -429,7 +435,7 @@ def test_a_passphrase(tmp_path, out):
         with pytest.raises(UsageError, match="wrong passphrase"):
             signing.signer(str(tmp_path / "key"), lambda wrong=wrong: wrong)
     signing.sign(out, [signing.signer((tmp_path / "key").read_text(), lambda: b"open sesame")])
-    assert signing.verify(out, [tmp_path / "key.pub"]).files == FILES
+    assert signing.verify(out, [tmp_path / "key.pub"]).bundle.files == FILES
 
 
 def test_what_is_no_key(tmp_path, signed, keys):
@@ -520,7 +526,7 @@ def test_an_envelope_of_openssl_s_without_a_key_id_is_verified(signed, tmp_path,
     signature = {"sig": base64.urlsafe_b64encode((tmp_path / "sig").read_bytes()).decode()}
     whole = {"payload": base64.urlsafe_b64encode(body).decode(), "payloadType": TYPE, "signatures": [signature]}
     (signed / ENVELOPE).write_text(json.dumps(whole))
-    assert signing.verify(signed, [public]).files == FILES
+    assert signing.verify(signed, [public]).bundle.files == FILES
 
 
 @pytest.mark.skipif(shutil.which("jq") is None or shutil.which("openssl") is None, reason="needs jq and openssl")
