@@ -75,7 +75,7 @@ MAY_IMPORT["loop"] = STAGES | {"attempt"}
 MAY_IMPORT["handoff"] = STAGES | {"attempt"}
 MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop", "handoff"}
 MAY_IMPORT["preview"] = STAGES | {"pipeline"}
-MAY_IMPORT["pytest_plugin"] = {"errors", "bundle", "settings", "checking", "report"}
+MAY_IMPORT["pytest_plugin"] = {"errors", "bundle", "manifest", "settings", "checking", "report"}
 MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "handoff", "pipeline", "preview"}
 MAY_IMPORT["__main__"] = {"cli"}
 
