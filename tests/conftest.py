@@ -271,7 +271,7 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Made:
             Measurement("", "min_delegated", 1.0, "counted"),
         ),
         original_measurements=(),
-        layers=(LayerRow("stem", "conv2d", "", "fp32", (448, 448), (27648, 27648), {"host": 1e-5}, 0.0),),
+        layers=(LayerRow("stem", "conv2d", "", "fp32", (448, 448), (27648, 27648), {"host": (1e-5, 1e-5)}, 0.0),),
         rounds=(),
         reachable=(),
         frontier=(),
