@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isinf
@@ -13,7 +12,7 @@ import msgspec
 
 from edgebuild import bundle, judge, report
 from edgebuild.clock import Clock, Tell
-from edgebuild.devices import DEVICES, Arrays, timing
+from edgebuild.devices import DEVICES, Arrays, as_file, timing
 from edgebuild.environment import machine, versions
 from edgebuild.errors import DeviceError, MissingEnvironment, SpecError, UsageError
 from edgebuild.settings import Settings
@@ -100,9 +99,7 @@ def check(files: Mapping[str, bytes], settings: Settings, tell: Tell, here: bool
         for target in targets:
             _ready(target)
     found = {}
-    with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
-        path = Path(folder) / f"model{SUFFIXES[profile.artifact]}"
-        path.write_bytes(artifact)
+    with as_file(artifact, SUFFIXES[profile.artifact]) as path:
         for target in targets:
             budgets = () if target in extra else profile.budgets
             found[target.name] = _on(target, path, profile.threads, samples, built, budgets, clock)

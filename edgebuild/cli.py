@@ -586,7 +586,7 @@ def cache_clear(
 
 @app.command()
 def check(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="What a build wrote.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder or archive.")],
     profile: Annotated[
         str | None, typer.Option("--profile", "-p", help="Hold it against this profile. [the bundle's own]")
     ] = None,

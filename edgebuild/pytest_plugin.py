@@ -17,22 +17,33 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from edgebuild.bundle import Bundle
     from edgebuild.checking import Check
+    from edgebuild.manifest import Manifest
 
 
 class EdgeBundle:
-    """A bundle that edgebuild built, verified when it is first read."""
+    """A bundle that edgebuild built, a folder or an archive; verified when it is first read."""
 
     def __init__(self, path: Path):
         self.path = path
         self._checks: dict[tuple[str, tuple[str, ...]], Check] = {}
 
     @cached_property
-    def files(self) -> dict[str, bytes]:
-        """Its files by name. Raises SpecError where it is damaged."""
+    def _loaded(self) -> Bundle:
         from edgebuild import bundle
 
-        return bundle.read(self.path)
+        return bundle.load(self.path)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Its files by name. Raises SpecError where it is damaged."""
+        return self._loaded.files
+
+    @property
+    def manifest(self) -> Manifest:
+        """What `manifest.json` says. Raises SpecError where the bundle is damaged."""
+        return self._loaded.manifest
 
     @cached_property
     def report(self) -> dict[str, Any]:
@@ -40,14 +51,6 @@ class EdgeBundle:
         from edgebuild import report
 
         return report.from_json(self.files["report.json"])
-
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """`manifest.json` as it stands, after the files were checked against it."""
-        import msgspec
-
-        assert self.files is not None
-        return msgspec.json.decode((self.path / "manifest.json").read_bytes(), type=dict[str, Any])
 
     def check(self, profile: str = "", devices: Sequence[str] = ()) -> Check:
         """Measure the artifact here and now, as `edgebuild check` does; the same arguments measure once.

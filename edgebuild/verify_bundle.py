@@ -36,8 +36,8 @@ class Check:
 def verify(path: Path, tell: Callable[[Check], None], loaded: Bundle | None = None) -> bool:
     """Check the bundle in a folder or an archive, telling each check; False where outputs differ from the expected.
 
-    `loaded` is the bundle where it is read already, as `signing.verify` does. Raises UsageError where there is no bundle, SpecError where it is damaged or hostile, MissingEnvironment where the
-    runtime is not installed.
+    `loaded` is the bundle where it is read already, as `signing.verify` does. Raises UsageError where there is no
+    bundle, SpecError where it is damaged or hostile, MissingEnvironment where the runtime is not installed.
     """
     loaded, inputs, outputs = read(path, loaded)
     program, name = loaded.manifest.artifact, loaded.manifest.vectors.bundled_program

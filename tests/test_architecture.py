@@ -76,7 +76,7 @@ MAY_IMPORT["handoff"] = STAGES | {"attempt"}
 MAY_IMPORT["pipeline"] = STAGES | {"attempt", "loop", "handoff"}
 MAY_IMPORT["preview"] = STAGES | {"pipeline"}
 MAY_IMPORT["matrix"] = BASE | {"catalog", "cache", "inputs", "clock", "report"}
-MAY_IMPORT["pytest_plugin"] = {"errors", "bundle", "settings", "checking", "report"}
+MAY_IMPORT["pytest_plugin"] = {"errors", "bundle", "manifest", "settings", "checking", "report"}
 MAY_IMPORT["cli"] = STAGES | {"attempt", "loop", "handoff", "pipeline", "preview", "matrix"}
 MAY_IMPORT["__main__"] = {"cli"}
 

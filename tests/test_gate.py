@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
+from bundles import contents
 from markdown_it import MarkdownIt
 
 from edgebuild import bundle, github, signing
@@ -31,10 +32,10 @@ main()
 def folder(made, tmp_path_factory) -> Path:
     """A workspace with two bundles, the second one with a name that a careless script would run."""
     workspace = tmp_path_factory.mktemp("workspace")
-    bundle.write(workspace / "old", made.files)
+    bundle.write(workspace / "old", made.files, contents(made.files))
     smaller = made.report.size - 4096
-    bundle.write(workspace / "$(touch pwned); new", made.files)
-    bundle.write(workspace / "smaller", made.changed(size=smaller))
+    bundle.write(workspace / "$(touch pwned); new", made.files, contents(made.files))
+    bundle.write(workspace / "smaller", less := made.changed(size=smaller), contents(less))
     command = workspace / "bin" / "edgebuild"
     command.parent.mkdir()
     command.write_text(COMMAND)
@@ -112,7 +113,7 @@ def test_what_is_printed_is_no_command_to_the_runner(folder):
 
 
 def test_a_changed_byte_is_exit_2_and_an_annotation(folder, made):
-    bundle.write(folder / "damaged", made.files)
+    bundle.write(folder / "damaged", made.files, contents(made.files))
     path = folder / "damaged" / "small.pte"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bundles import contents
+
 from edgebuild import bundle
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +18,7 @@ def test_is_light():
 
 def test_reads(edge_bundle):
     assert edge_bundle.report["task"] == "small"
-    assert "small.pte" in edge_bundle.manifest["files"]
+    assert "small.pte" in edge_bundle.manifest.files
 
 def test_budget(edge_bundle):
     edge_bundle.assert_budgets()
@@ -35,7 +37,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def project(folder: Path, made) -> None:
-    bundle.write(folder / "bundle", made.files)
+    bundle.write(folder / "bundle", made.files, contents(made.files))
     profile = made.files["profile.toml"].decode().replace("targets/host.toml", "host")
     (folder / "tight.toml").write_text(profile.replace('size = "1 MiB"', 'size = "1 KiB"'))
     (folder / "test_edge.py").write_text(SUITE)

@@ -1,7 +1,8 @@
 """Timed runs: how many, and what is said of them, alike on every device that keeps time."""
 
 from collections.abc import Callable
-from math import ceil, floor, inf, sqrt
+from math import inf, sqrt
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,12 +58,13 @@ def go_on(found: Nanoseconds, enough: Enough, time: Callable[[float], Nanosecond
 def interval(found: Nanoseconds, quantity: str, confidence: float = 0.95) -> tuple[float, float]:
     """A confidence interval of a quantity of `measurements` (seconds, or runs a second), good for LOOKS looks at once.
 
-    Of the median and the percentiles by order statistics, which asks nothing of the distribution: two of the sorted
-    runs, as far apart in rank as the share of runs below the percentile may be off (Conover 1999, Practical
-    Nonparametric Statistics, section 3.2). Runs that follow each other are slow together, so that share's error is
-    taken from how it differs between BLOCKS blocks of runs (Heidelberger and Lewis 1984, doi:10.1287/opre.32.1.185),
-    and never as less than that of independent runs. Of throughput by the means of the blocks. Each look gets its part
-    of the error (Bonferroni), since a bound that is looked at until it is clear would be missed more often.
+    Of the median and the percentiles by order statistics, which asks nothing of the distribution: between the sorted
+    runs below and above which the share of runs differs from the percentile's by more than its error (Conover 1999,
+    Practical Nonparametric Statistics, sections 3.1 and 3.2). Runs that follow each other are slow together, so the
+    error is taken from how that share differs between BLOCKS blocks of runs (Heidelberger and Lewis 1984,
+    doi:10.1287/opre.32.1.185), and never as less than that of independent runs. Of throughput by the means of the
+    blocks. Each look gets its part of the error (Bonferroni), since a bound that is looked at until it is clear would
+    be missed more often.
     """
     seconds = found / 1e9
     blocks = np.array_split(seconds, min(BLOCKS, len(seconds)))
@@ -70,19 +72,28 @@ def interval(found: Nanoseconds, quantity: str, confidence: float = 0.95) -> tup
         return 0.0, inf
     t = float(stdtrit(len(blocks) - 1, 1 - (1 - confidence) / LOOKS / 2))
     if quantity == "throughput":
-        mean, off = seconds.mean(), t * _error([block.mean() for block in blocks])
-        return float(1 / (mean + off)), float(1 / (mean - off)) if off < mean else inf
+        mean, half = seconds.mean(), t * float(_error(np.array([block.mean() for block in blocks])))
+        return float(1 / (mean + half)), float(1 / (mean - half)) if half < mean else inf
     share, n = SHARES[quantity], len(seconds)
-    at = np.quantile(seconds, share)
-    off = t * max(_error([(block <= at).mean() for block in blocks]), sqrt(share * (1 - share) / n))
-    first, last = floor(n * (share - off)), ceil(n * (share + off))
-    ordered = np.sort(seconds)
-    return float(ordered[first - 1]) if first > 0 else 0.0, float(ordered[last]) if last < n else inf
+    offsets = np.geomspace(1 / n, 1, 400)
+    ranks = np.clip(n * (share + np.concatenate([-offsets[::-1], offsets])), 0, n - 1).astype(np.int64)
+    at = np.sort(seconds)[ranks]
+    ordered = [np.sort(block) for block in blocks]
+
+    def off_by(side: Literal["left", "right"]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        below = np.array([np.searchsorted(block, at, side) / len(block) for block in ordered])
+        return below.mean(0), t * np.maximum(_error(below), sqrt(share * (1 - share) / n))
+
+    below, off = off_by("left")
+    first = int(np.argmin(np.append(below + off < share, False)))  # how many are too small to be it
+    below, off = off_by("right")
+    last = int(np.argmin(np.append((below - off >= share)[::-1], False)))  # how many are too large
+    return float(at[first - 1]) if first else 0.0, float(at[-last]) if last else inf
 
 
-def _error(of_blocks: list[np.floating]) -> float:
-    """Standard error of the mean of what independent blocks gave."""
-    return float(np.std(of_blocks, ddof=1) / sqrt(len(of_blocks)))
+def _error(of_blocks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard error of the mean of what independent blocks gave, along the first axis."""
+    return np.asarray(np.std(of_blocks, axis=0, ddof=1) / sqrt(len(of_blocks)))
 
 
 def measurements(target: str, found: Nanoseconds, detail: str) -> tuple[Measurement, ...]:

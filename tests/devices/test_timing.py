@@ -45,3 +45,13 @@ def test_few_runs_bound_nothing():
     low, high = timing.interval(np.arange(1, 31, dtype=np.int64) * 10**6, "latency_p99")
     assert low < 0.03 and high == np.inf
     assert timing.interval(np.full(1000, 10**6), "latency") == (0.001, 0.001)
+
+
+def test_a_disturbance_moves_no_limit_beyond_what_was_seen():
+    """Half of one block is a thousand times slower: the median stays where it is, a percentile is open that far."""
+    found = np.full(100_000, 10**6)
+    found[:5_000] = 10**9
+    low, high = timing.interval(found, "latency")
+    assert low == 0.001 and high <= 1.0
+    low, high = timing.interval(found, "latency_p95")
+    assert low == 0.001 and high == 1.0
