@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from bundles import contents
 from test_report import BUILT
 
 from edgebuild import bundle, cli, report
@@ -305,7 +306,9 @@ def test_build_twice_then_no_op_then_touch(tmp_path):
     tmp_path.mkdir()
     write(
         tmp_path,
-        profile=PROFILE.replace("1 MiB", "14 KiB").replace("[budgets]", "[distillation]\nsteps = 20\n[budgets]"),
+        profile=PROFILE.replace("1 MiB", "14 KiB").replace(
+            "[budgets]", "rounds = 2\n[distillation]\nsteps = 20\n[budgets]"
+        ),
     )
     bundles = []
     for seed in ("1", "2"):
@@ -356,7 +359,8 @@ def report_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tu
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
     """A bundle that holds a report alone."""
-    bundle.write(tmp_path / "made", {"report.json": report.to_json(BUILT).encode()})
+    files = {"report.json": report.to_json(BUILT).encode()}
+    bundle.write(tmp_path / "made", files, contents(files))
     return tmp_path / "made"
 
 

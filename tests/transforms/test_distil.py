@@ -6,6 +6,7 @@ from torch import nn
 
 from edgebuild.errors import TaskError, TransformError
 from edgebuild.spec import Distillation, Seconds
+from edgebuild.training.optimizer import SGD_RATE
 from edgebuild.training.run import Lesson
 from edgebuild.transforms import distil
 
@@ -83,7 +84,7 @@ def test_without_a_rate_a_training_that_diverges_starts_again_slower():
     with pytest.raises(TransformError, match="diverged"):
         train(Touchy(), net(1), steps=40, rate=0.5)
     trained, how = train(Touchy(), net(1), steps=40, rate=0.0)
-    assert how.steps == 40 and how.how == "SGD with a peak rate of 0.0125"
+    assert how.steps == 40 and how.how == f"SGD with a peak rate of {SGD_RATE * distil.SLOWER:g}"
 
 
 def test_time_is_filled_with_as_many_steps_as_fit():
