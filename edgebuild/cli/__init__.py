@@ -4,7 +4,8 @@ import errno
 import io
 import os
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,8 +24,10 @@ _OF_THE_SYSTEM = {
     for name in ["ENAMETOOLONG", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ELOOP", "EMFILE"]
 }
 
+Commands = dict[str, Callable[..., Any]]
+
 # In the order of the help.
-COMMANDS = {
+COMMANDS: Commands = {
     "init": build.init,
     "inspect": build.inspect,
     "plan": build.plan,
@@ -39,7 +42,7 @@ COMMANDS = {
     "verify-signature": bundles.verify_signature,
     "doctor": shelf.doctor,
 }
-GROUPS = {
+GROUPS: dict[str, tuple[str, Commands]] = {
     "targets": (
         "The hardware that budgets are checked on.",
         {
