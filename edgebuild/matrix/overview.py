@@ -1,6 +1,5 @@
 """What became of the cells, as data; Markdown, HTML, JUnit and the terminal's table are made from that."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +24,6 @@ Outcome = Literal["met", "broken", "inconclusive", "infeasible", "failed", "wait
 WAITING: Outcome = "waiting"
 _STYLES = {"met": "green", "broken": "bold red", "infeasible": "bold red", "failed": "bold red"}
 SCHEMA_VERSION = 1
-
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$])")
 
 
 @dataclass(frozen=True)
@@ -227,10 +224,7 @@ def _texts(row: Row) -> tuple[str, ...]:
 
 def markdown(overview: Overview) -> str:
     """The table in GitHub's Markdown."""
-
-    def escaped(text: str) -> str:
-        return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
-
+    escaped = report.escaped
     lines = [f"# {escaped(overview.name)}: {headline(overview)}", ""]
     lines += [f"- {escaped(note)}" for note in notes(overview)]
     lines += ["", f"| {' | '.join(_COLUMNS)} |", "|" + " --- |" * len(_COLUMNS)]

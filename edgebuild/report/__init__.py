@@ -2,11 +2,12 @@
 
 from edgebuild.report.figures import bound, figure, named, subject
 from edgebuild.report.html import html
-from edgebuild.report.render import junit, markdown, terminal
+from edgebuild.report.render import escaped, junit, markdown, terminal
 from edgebuild.report.schema import from_json, schema, to_json
 
 __all__ = [
     "bound",
+    "escaped",
     "figure",
     "from_json",
     "html",

@@ -29,7 +29,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def markdown_page(title: str, heading: Sequence[str], sections: Sequence[content.Section]) -> str:
     """A title, what matters most, and numbered sections in GitHub's Markdown."""
-    lines = [f"# {_escaped(title)}", ""]
+    lines = [f"# {escaped(title)}", ""]
     lines += [f"{_paragraph(line)}\n" for line in heading]
     for i, section in enumerate(sections, 1):
         lines += [f"## {i}. {section.title}", ""]
@@ -124,7 +124,7 @@ def _title(report: dict[str, Any]) -> str:
 
 
 def _markdown_table(table: content.Table) -> list[str]:
-    rows = [f"| {' | '.join(map(_escaped, cells))} |" for cells in (table.columns, *table.lines)]
+    rows = [f"| {' | '.join(map(escaped, cells))} |" for cells in (table.columns, *table.lines)]
     grid = [rows[0], "|" + " --- |" * len(table.columns), *rows[1:], ""]
     if table.detail:  # the blank lines around the table are what makes GitHub read it as Markdown
         return ["<details>", f"<summary>{table.title}</summary>", "", *grid, "</details>", ""]
@@ -150,10 +150,10 @@ def _case(suite: ET.Element, report: dict[str, Any], group: str, name: str, stat
         ET.SubElement(case, kind, message=one_line(message))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that Markdown shows as it is, in a table as well."""
     return _MARKDOWN_SPECIAL.sub(r"\\\1", one_line(text).strip())
 
 
 def _paragraph(text: str) -> str:
-    return _MARKDOWN_START.sub(r"\1\\\2", _escaped(text))
+    return _MARKDOWN_START.sub(r"\1\\\2", escaped(text))
