@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from edgebuild import cache, judge, verify
-from edgebuild.backends import BACKENDS
+from edgebuild import backends, cache, judge, verify
 from edgebuild.base import Base, lifted_digest
 from edgebuild.built import Built
 from edgebuild.clock import Clock
@@ -90,17 +89,22 @@ class Original:
 
 
 def take_original(base: Base, loaded: Loaded, profile: Profile, targets: Sequence[Target], clock: Clock) -> Original:
-    """Score the model as it came, and lower and measure it in fp32: what everything else is held against."""
+    """Score the model as it came, and lower and measure it in fp32: what everything else is held against.
+
+    A microcontroller's backend takes int8 alone: there the fp32 artifact is the host's, and nothing is measured of it.
+    """
     with clock.stage("evaluate", "scoring the original"):
         score = _score(base, loaded, clock) if loaded.task.evaluate is not None else None
     with clock.stage("lower", "lowering the original in fp32"):
-        built = realise(base, Plan(precision="fp32"), loaded, profile, base.model, clock.training)
+        backend = base.backend if base.backend.on_host else backends.HOST
+        plain = replace(base, backend=backend)
+        built = realise(plain, Plan(precision="fp32"), loaded, profile, base.model, clock.training)
         if built.reused:
             clock.reuse("the original's fp32 artifact")
     layers = Choice(base.facts, "fp32").layers()
     measurements: list[Measurement] = []
     with artifact_file(built.artifact) as artifact, clock.stage("measure", "measuring the original"):
-        for target in _with_host(targets):
+        for target in _runners(base, targets) if base.backend.on_host else ():
             inputs = [verify.to_arrays(sample) for sample in loaded.samples[:PARITY_SAMPLES]]
             try:
                 measurements += DEVICES[target.device].measure(artifact, target, profile.threads, inputs, layers)
@@ -144,13 +148,15 @@ def carry_out(
     samples = loaded.samples[: len(built.expected)]
     logits = loaded.task.outputs == "logits"
     least = judge.LEAST_SQNR_DB[plan.precision]
+    runners = _runners(base, targets)
+    scorer = runners[0].name
     measurements: list[Measurement] = []
     parity: list[Parity] = []
-    findings = [Finding("fallback", "host", f"not delegated: {operator}") for operator in built.artifact.fallen_back]
+    findings = [Finding("fallback", scorer, f"not delegated: {operator}") for operator in built.artifact.fallen_back]
     accuracy = None
     outputs: dict[str, list[Arrays]] = {}
     with artifact_file(built.artifact) as artifact:
-        for target in _with_host(targets):
+        for target in runners:
             device = DEVICES[target.device]
             try:
                 with (
@@ -158,10 +164,9 @@ def carry_out(
                     device.load(artifact, target, profile.threads) as session,
                 ):
                     outputs[target.name] = verify.run(session, samples)
-                    if target.device == "host" and original.score is not None and not draft:
-                        accuracy = verify.accuracy(
-                            loaded.task.metric, original.score, verify.score(loaded, verify.predictor(session))
-                        )
+                    if target.name == scorer and original.score is not None and not draft:
+                        score = verify.score(loaded, verify.predictor(session))
+                        accuracy = verify.accuracy(loaded.task.metric, original.score, score, _how(base))
                 with clock.stage("measure", f"measuring on {target.name}"):
                     arrays = [verify.to_arrays(sample) for sample in samples]
                     measurements += device.measure(artifact, target, profile.threads, arrays, layers)
@@ -171,14 +176,15 @@ def carry_out(
             parity.append(
                 judge.parity(outputs[target.name], built.expected, target.name, "eager, as lowered", least, logits)
             )
-    if "host" in outputs:
+    if scorer in outputs:
         original_outputs = verify.eager(original.model, samples)
-        parity.append(judge.parity(outputs["host"], original_outputs, "host", "the original model", -1e9, logits))
+        parity.append(judge.parity(outputs[scorer], original_outputs, scorer, "the original model", -1e9, logits))
         for name in outputs:
-            if name != "host":
-                parity.append(judge.parity(outputs[name], outputs["host"], name, "the host's outputs", least, logits))
+            if name != scorer:
+                reference = "the host's outputs" if scorer == HOST.name else f"the outputs of {scorer}"
+                parity.append(judge.parity(outputs[name], outputs[scorer], name, reference, least, logits))
     if any(not row.ok for row in parity):
-        findings.append(_diverging(built, loaded, profile, inputs, least))
+        findings.append(_diverging(base, built, loaded, runners[0], inputs, least))
     measurements.append(Measurement("", "min_delegated", built.artifact.share_delegated, "counted"))
     verdicts = _verdicts(planner, proposed, built, measurements, accuracy, draft)
     findings += _estimates(measurements)
@@ -219,19 +225,18 @@ def _estimates(measurements: Sequence[Measurement]) -> list[Finding]:
     ]
 
 
-def _diverging(built: Built, loaded: Loaded, profile: Profile, inputs: tuple, least: float) -> Finding:
+def _diverging(base: Base, built: Built, loaded: Loaded, target: Target, inputs: tuple, least: float) -> Finding:
     """Name the first layer whose lowered outputs differ from eager's."""
     if not isinstance(built.lowered, fx.GraphModule):
         return Finding(
             "note", "parity", "the artifact came from the cache; build with --rebuild to name the first diverging layer"
         )
-    device = DEVICES["host"]
 
     def outputs(artifact: Artifact, sample: tuple) -> Arrays:
-        with artifact_file(artifact) as file, device.load(file, HOST, 1) as session:
+        with artifact_file(artifact) as file, DEVICES[target.device].load(file, target, 1) as session:
             return session.run(verify.to_arrays(sample))
 
-    lower = BACKENDS[profile.artifact].lower
+    lower = base.backend.lower
     name = verify.first_divergence(built.lowered, inputs, loaded.samples[0], lower, outputs, least)
     return Finding("note", "parity", f"the outputs differ from eager's, first after layer {name}")
 
@@ -239,11 +244,23 @@ def _diverging(built: Built, loaded: Loaded, profile: Profile, inputs: tuple, le
 # ------------------------------------------------------------------------------------------------------ helpers
 
 
-def _with_host(targets: Sequence[Target]) -> list[Target]:
-    """The host scores the artifact whatever the targets are: it runs the same kernels' library."""
+def _runners(base: Base, targets: Sequence[Target]) -> list[Target]:
+    """The targets that run the artifact, and first the one that scores it.
+
+    That is the host whatever the targets are where it runs the same kernels' library, else the gating target itself.
+    """
+    if not base.backend.on_host:
+        return list(targets)
     return [HOST, *(target for target in targets if target.device != "host")]
+
+
+def _how(base: Base) -> str:
+    """What is to be said of a score that was not taken from the target's own kernels."""
+    if base.backend.on_host:
+        return ""
+    return "The program itself was run, by reference operators: no hardware and no simulator of it is at hand."
 
 
 def artifact_file(artifact: Artifact) -> AbstractContextManager[Path]:
     """The artifact as a file, for as long as the block lasts."""
-    return as_file(artifact.data, artifact.suffix)
+    return as_file(artifact.data, artifact.suffix, artifact.graphs)

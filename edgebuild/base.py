@@ -8,11 +8,11 @@ from torch import Tensor, fx, nn
 from edgebuild import analysis, cache, trials
 from edgebuild.analyse import analyse, check_prunable
 from edgebuild.analysis import Analysis
-from edgebuild.backends import BACKENDS
+from edgebuild.backends import Backend
 from edgebuild.environment import versions
 from edgebuild.load import Loaded
 from edgebuild.sensitivity import Sensitivity, measure, moments
-from edgebuild.spec import SCHEMES, Candidate, ModelFacts, Profile, Scheme, Trial
+from edgebuild.spec import Candidate, ModelFacts, Profile, Scheme, Trial
 from edgebuild.transforms import factorize, prune, quantize
 
 SENSITIVITY_SAMPLES = 32
@@ -24,7 +24,7 @@ TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at
 class Base:
     """A model to compress, analysed: the task's own, the same without some blocks, or its student once distilled.
 
-    The candidates' losses are calibrated by `trials`, for int8 in the `scheme` that loses less. `digest` covers the
+    `backend` is what its plans are lowered by. The candidates' losses are calibrated by `trials`, for int8 in the `scheme` that loses less. `digest` covers the
     weights and all inputs that a realised plan depends on; `fresh` takes nothing from the cache but what was `made` in
     this build, `reused` says that the analysis was taken from there. `dropped`: the blocks that it is without, and
     `lost`, the nats from the task's model to this one; `why` it is tried.
@@ -36,6 +36,7 @@ class Base:
     sensitivity: Sensitivity
     candidates: tuple[Candidate, ...]
     digest: str
+    backend: Backend
     fresh: bool = False
     reused: bool = False
     made: set[str] = field(default_factory=set, compare=False)
@@ -67,16 +68,22 @@ def samples_digest(samples: Sequence[tuple[Tensor, ...]]) -> str:
 
 
 def prepare(
-    name: str, model: fx.GraphModule, loaded: Loaded, profile: Profile, inputs_digest: str, fresh: bool
+    name: str,
+    model: fx.GraphModule,
+    loaded: Loaded,
+    profile: Profile,
+    backend: Backend,
+    inputs_digest: str,
+    fresh: bool,
 ) -> Base:
     """Analyse a lifted model and say what could be done to it, or take that from the cache."""
     digest = lifted_digest(model)
     techniques = sorted(set(profile.techniques) - {"distil"})
-    settings = (techniques, profile.artifact, profile.seed, loaded.task.outputs, sorted(versions().items()))
+    settings = (techniques, backend, profile.seed, loaded.task.outputs, sorted(versions().items()))
     keep = cache.key(digest, samples_digest([loaded.task.example_inputs, *loaded.samples]), repr(settings))
     with cache.locked(analysis.KIND, keep):
         kept = None if fresh else analysis.read(keep)
-        found = kept or _analysed(model, loaded, profile)
+        found = kept or _analysed(model, loaded, profile, backend)
         if kept is None:
             analysis.write(keep, found)
     return Base(
@@ -86,6 +93,7 @@ def prepare(
         sensitivity=found.sensitivity,
         candidates=found.candidates,
         digest=cache.key(digest, inputs_digest),
+        backend=backend,
         fresh=fresh,
         reused=kept is not None,
         trials=found.trials,
@@ -93,7 +101,7 @@ def prepare(
     )
 
 
-def _analysed(model: fx.GraphModule, loaded: Loaded, profile: Profile) -> Analysis:
+def _analysed(model: fx.GraphModule, loaded: Loaded, profile: Profile, backend: Backend) -> Analysis:
     inputs = loaded.task.example_inputs
     facts = analyse(model, inputs)
     techniques = profile.techniques
@@ -113,12 +121,12 @@ def _analysed(model: fx.GraphModule, loaded: Loaded, profile: Profile) -> Analys
         candidates += factorize.candidates(facts, found, TILE)
     if "quantize" in techniques:
         candidates += quantize.candidates(facts, found)
-    quantizer = BACKENDS[profile.artifact].quantizer
+    laid = backend.layout(inputs)
 
     def quantized(scheme: Scheme) -> Callable[[Sequence[tuple[Tensor, ...]]], nn.Module]:
-        return lambda few: quantize.apply(model, inputs, few, quantizer((), scheme), logits).model
+        return lambda few: quantize.apply(model, laid, few, backend.quantizer((), scheme), logits).model
 
-    schemes = SCHEMES if profile.artifact == "pte" and _linear_share(facts) > MOSTLY_LINEAR else SCHEMES[:1]
+    schemes = backend.schemes if _linear_share(facts) > MOSTLY_LINEAR else backend.schemes[:1]
     ways = {scheme: quantized(scheme) for scheme in schemes}
     tried = trials.run(model, facts, found, candidates, samples, ways, logits, profile.seed)
     candidates = trials.rescaled(candidates, trials.of_scheme(tried, trials.scheme_of(tried)))

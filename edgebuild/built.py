@@ -44,8 +44,9 @@ def write(name: str, built: Built) -> None:
     """Keep an artifact and what is known of it."""
     from safetensors.numpy import save
 
-    facts = {key: value for key, value in asdict(built.artifact).items() if key != "data"}
+    facts = {key: value for key, value in asdict(built.artifact).items() if key not in ("data", "graphs")}
     tensors = {"artifact": np.frombuffer(built.artifact.data, dtype=np.uint8)}
+    tensors |= {f"graph.{i:04}": np.frombuffer(g, dtype=np.uint8) for i, g in enumerate(built.artifact.graphs)}
     for s, sample in enumerate(built.expected):
         tensors |= {f"{s:04}.{i}": np.ascontiguousarray(y) for i, y in enumerate(sample)}
     losses = json.dumps({"total": built.loss} | dict(built.losses))
@@ -98,10 +99,11 @@ def read(name: str) -> Built | None:
         metadata = about_of(data)
         facts = json.loads(metadata["facts"])
         samples: dict[str, list[np.ndarray]] = {}
-        for key in sorted(key for key in tensors if key != "artifact"):
+        for key in sorted(key for key in tensors if key[0].isdigit()):
             samples.setdefault(key.partition(".")[0], []).append(tensors[key])
         facts["fallen_back"] = tuple(facts["fallen_back"])
-        artifact = Artifact(data=tensors["artifact"].tobytes(), **facts)
+        graphs = tuple(tensors[key].tobytes() for key in sorted(tensors) if key.startswith("graph."))
+        artifact = Artifact(data=tensors["artifact"].tobytes(), graphs=graphs, **facts)
         expected, losses = tuple(tuple(outputs) for outputs in samples.values()), json.loads(metadata["losses"])
         total, steps, unrounded = losses.pop("total"), int(metadata["steps"]), float(metadata["unrounded"])
         how, rounded = metadata["training"], metadata["quantization"]

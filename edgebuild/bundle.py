@@ -364,6 +364,19 @@ def _raise(error: OSError) -> None:
 # -------------------------------------------------------------------------------------------------- test vectors
 
 
+def graph_name(artifact: str, index: int) -> str:
+    """The name of the file that holds the TOSA graph of an artifact's delegate."""
+    return f"{artifact.rpartition('.')[0]}.{index}.tosa"
+
+
+def graphs(files: Mapping[str, bytes], artifact: str) -> tuple[bytes, ...]:
+    """The TOSA graphs of an artifact, in the order of its delegates."""
+    found: list[bytes] = []
+    while (name := graph_name(artifact, len(found))) in files:
+        found.append(files[name])
+    return tuple(found)
+
+
 def vectors(inputs: Sequence[Arrays], outputs: Sequence[Arrays]) -> bytes:
     """Sample inputs and the artifact's outputs as safetensors, named `input_{sample}_{i}`, `output_{sample}_{i}`.
 

@@ -3,7 +3,7 @@
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -36,6 +36,8 @@ _BUDGET_UNITS: dict[Any, type[Quantity]] = {
     "latency_p99": Seconds,
     "throughput": Throughput,
     "peak_memory": Bytes,
+    "sram": Bytes,
+    "flash": Bytes,
     "min_delegated": Percent,
 }
 
@@ -94,12 +96,23 @@ def _target(path: Path) -> tuple[Target, str]:
         raise SpecError(f'{path}: [ssh] and costs_of are for device = "ssh", not for {target.device!r}')
     if target.device == "arm" and (not target.cluster or target.memory is None or target.threads is None):
         raise SpecError(f"{path}: an arm target needs [[cluster]], [memory] and [threads]")
+    _check_board(target, path)
     for cluster in target.cluster:
         if not 1 <= cluster.count <= MOST_THREADS:
             raise SpecError(f"{path}: count = {cluster.count} of {cluster.name!r} is not between 1 and {MOST_THREADS}")
     if target.calibration is not None:
         _check_calibration(target, target.calibration, path)
     return target, costs_of
+
+
+def _check_board(target: Target, path: Path) -> None:
+    """A microcontroller has a board, and an NPU where its device is one; nothing else has."""
+    wanted = {"board": target.microcontroller, "npu": target.device == "ethos_u"}
+    for what, needed in wanted.items():
+        if needed != (getattr(target, what) is not None):
+            raise SpecError(f"{path}: device = {target.device!r} {'needs' if needed else 'has no'} table [{what}]")
+    if target.board and not re.fullmatch(r"cortex-m\d+(plus)?", target.board.cpu):
+        raise SpecError(f"{path}: board.cpu = {target.board.cpu!r} is no Cortex-M", 'such as "cortex-m4"')
 
 
 def _check_name(name: str, path: Path) -> None:
@@ -210,9 +223,38 @@ def load_profile(name: str) -> Profile:
         raise SpecError(f"{path}: threads = {profile.threads} is not between 1 and {MOST_THREADS}")
     names = [beside(path, name) for name in profile.targets]
     profile = replace(profile, target=names[0], also_on=tuple(names[1:]))
-    for _ in _targets(profile, path):
-        pass
+    _check_alike(profile, list(_targets(profile, path)), path)
     return profile
+
+
+def _check_alike(profile: Profile, targets: Sequence[Target], path: Path) -> None:
+    """One artifact is for one kind of target, and a budget for what a target can be held to."""
+    first = targets[0]
+    for target in targets:
+        if (target.npu, target.board and target.board.cpu) != (first.npu, first.board and first.board.cpu):
+            raise SpecError(
+                f"{path}: {first.name!r} and {target.name!r} need different artifacts", "write a profile for each"
+            )
+        for budget in profile.budgets:
+            _check_budget(budget, target, path)
+    if first.microcontroller and (profile.threads != 1 or "quantize" not in profile.techniques):
+        raise SpecError(
+            f"{path}: {first.name!r} computes int8 on one core", 'leave out threads, and keep "quantize" in techniques'
+        )
+
+
+def _check_budget(budget: Budget, target: Target, path: Path) -> None:
+    what = f"{path}: budgets.{budget.kind}: {target.name!r}"
+    if budget.kind in ("sram", "flash"):
+        if target.board is None:
+            raise SpecError(f"{what} is no microcontroller", "bound peak_memory or size in its place")
+        has: Bytes = getattr(target.board, budget.kind)
+        if budget.bound > has:
+            raise SpecError(f"{what} has {has}, and {Bytes(budget.bound)} is asked")
+    if budget.kind in ("latency_p95", "latency_p99") and target.microcontroller:
+        raise SpecError(f"{what} has no spread of latencies: nothing is timed on it", "bound latency on an Ethos-U")
+    if budget.kind in ("latency", "throughput") and not target.timed:
+        raise SpecError(f"{what} cannot be timed here: nothing simulates its cycles", "bound sram and flash")
 
 
 def targets_of(profile: Profile) -> tuple[Target, ...]:

@@ -93,13 +93,14 @@ def check(files: Mapping[str, bytes], settings: Settings, tell: Tell, here: bool
     samples = bundle.read_vectors(_file(files, "vectors.safetensors"))
     if not samples[0]:
         raise SpecError("the bundle has no test vectors")
-    extra = [HOST] if here and not any(target.device == "host" for target in settings.targets) else []
+    hosted = any(target.device == "host" or target.microcontroller for target in settings.targets)
+    extra = [HOST] if here and not hosted else []
     targets = [*settings.targets, *extra]
     with clock.stage("devices", f"making {', '.join(target.name for target in targets)} ready"):
         for target in targets:
             _ready(target)
     found = {}
-    with as_file(artifact, SUFFIXES[profile.artifact]) as path:
+    with as_file(artifact, SUFFIXES[profile.artifact], bundle.graphs(files, name)) as path:
         for target in targets:
             budgets = () if target in extra else profile.budgets
             found[target.name] = _on(target, path, profile.threads, samples, built, budgets, clock)

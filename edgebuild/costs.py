@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from functools import cache
 
 from edgebuild import cache as store
-from edgebuild import footprint
+from edgebuild import arena, footprint
 from edgebuild.devices import DEVICES
 from edgebuild.footprint import ArtifactKind
 from edgebuild.plan import Choice
 from edgebuild.space import Limit, Phase, Resource
 from edgebuild.spec import PRECISIONS, BudgetKind, LayerFacts, ModelFacts, Precision, Profile, Scheme, Target
 
-PLANNED = ("size", "latency", "latency_p95", "latency_p99", "throughput", "peak_memory")
+PLANNED = ("size", "latency", "latency_p95", "latency_p99", "throughput", "peak_memory", "sram", "flash")
 
 
 Factors = dict[tuple[str, str], float]  # measured / predicted, by (kind of budget, target)
@@ -46,6 +46,13 @@ def limit(
         "size": lambda: size(facts, profile.artifact, scheme),
         "peak_memory": lambda: peak_memory(facts, profile.artifact),
     }
+    if target.microcontroller:
+        cost = {
+            "size": lambda: arena.flash(facts, target),
+            "flash": lambda: arena.flash(facts, target),
+            "sram": lambda: arena.sram(facts, target),
+            "peak_memory": lambda: arena.sram(facts, target),
+        }
     resource = cost.get(kind, lambda: latency(target, profile.threads))()
     return Limit(kind, name, bound, resource, factors.get((kind, name), 1.0))
 

@@ -21,6 +21,8 @@ _UNITS: dict[str, type[Quantity]] = {
     "latency_p99": Seconds,
     "throughput": Throughput,
     "peak_memory": Bytes,
+    "sram": Bytes,
+    "flash": Bytes,
     "accuracy_drop": Points,
     "min_delegated": Points,
 }

@@ -49,7 +49,9 @@ class Sampled:
 
 
 def sample(best: Attempt, loaded: Loaded) -> Sampled:
-    """Take the test vectors of what was built: the artifact's outputs on the host, eager PyTorch's where they differ.
+    """Take the test vectors of what was built: the artifact's outputs, eager PyTorch's where they differ.
+
+    The artifact's are those of the target that scored it, which is the host for all but microcontrollers.
 
     `atol` of an output is twice the largest difference between these and all others that are known, of eager PyTorch
     and of the artifact on each target that agrees with it, over all samples that were compared.
@@ -57,8 +59,9 @@ def sample(best: Attempt, loaded: Loaded) -> Sampled:
     wrong = {row.target for row in best.parity if not row.ok}
     right = {name: outputs for name, outputs in best.outputs.items() if name not in wrong}
     known: dict[str, Sequence[Arrays]] = {EAGER: best.built.expected, **right}
-    expected: Literal["artifact", "eager"] = "artifact" if "host" in right else "eager"
-    reference = known.pop("host" if expected == "artifact" else EAGER)
+    scorer = next(iter(best.outputs), "")
+    expected: Literal["artifact", "eager"] = "artifact" if scorer in right else "eager"
+    reference = known.pop(scorer if expected == "artifact" else EAGER)
     atol = tuple(_tolerance(i, reference, list(known.values())) for i in range(len(reference[0])))
     seen = f"the largest difference from {', '.join(known)} over {len(reference)} samples" if known else "rounding"
     tolerance = f"{SLACK:g} times {seen}, at least {ROUNDING:g} of the largest value"
@@ -67,6 +70,9 @@ def sample(best: Attempt, loaded: Loaded) -> Sampled:
     sampled = Sampled(inputs, outputs, expected, atol, tolerance)
     if best.built.artifact.kind == "torchscript":
         return sampled
+    if not best.base.backend.on_host:
+        why = "left out: this machine's runtime, which would have to confirm it, has none of the target's kernels"
+        return replace(sampled, findings=(Finding("skipped", "bundled program", why),))
     program = best.built.artifact.data
     data, findings = _bundled(program, inputs, outputs, max(atol))
     return replace(sampled, bundled=data, findings=findings)
@@ -186,6 +192,8 @@ def model(said: Contents) -> integration.Model:
         inputs=tuple(_tensor(port, normalization=port.normalization) for port in said.inputs),
         outputs=tuple(_tensor(port, labels=port.labels, atol=port.atol) for port in said.outputs),
         samples=said.vectors.samples,
+        microcontroller=said.runtime.microcontroller,
+        operators=(*said.runtime.operators, *said.runtime.backends),
     )
 
 

@@ -91,6 +91,14 @@ class Runtime(_Strict, frozen=True, kw_only=True):
     operators: tuple[str, ...]
     backends: tuple[str, ...]
 
+    @property
+    def microcontroller(self) -> bool:
+        """Whether it takes a microcontroller's kernels, so that on other machines reference operators stand for them.
+
+        Those of an Ethos-U read the TOSA graphs beside the artifact: `NAME.0.tosa`, ..., one for each delegate.
+        """
+        return "EthosUBackend" in self.backends or any(name.startswith("cortex_m::") for name in self.operators)
+
 
 class Budget(_Strict, frozen=True, kw_only=True):
     """A bound; `relative`: the bound is a share of the original's metric."""

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import fx
 
-from edgebuild import bundle, cache, catalog, costs, handoff, integration, report, settings, students, upkeep
+from edgebuild import backends, bundle, cache, catalog, costs, handoff, integration, report, settings, students, upkeep
 from edgebuild.attempt import Attempt, Original, take_original
 from edgebuild.base import Base, lifted_digest, prepare
 from edgebuild.clock import Clock, Tell
@@ -150,7 +150,8 @@ def _prepared(request: Request, clock: Clock) -> tuple[Loaded, Profile, tuple[Ta
     with clock.stage("analyse", f"analysing {loaded.name}"):
         model = lift(loaded.task.model, loaded.task.example_inputs)
         profile, findings = _usable(profile, loaded, model)
-        base = prepare("model", model, loaded, profile, inputs_digest(loaded), fresh=request.rebuild)
+        backend = backends.of(profile, targets)
+        base = prepare("model", model, loaded, profile, backend, inputs_digest(loaded), fresh=request.rebuild)
         if base.reused:
             clock.reuse("the analysis of the model")
     with clock.stage("calibrate", "finding what layers cost (once)"):
@@ -224,7 +225,8 @@ def _bases(
                 lifted, original.model, loaded, settings, seed, clock.training, keep, (), request.rebuild
             )
         with clock.stage("analyse", "analysing the student"):
-            base = prepare("student", lift(taught, inputs), loaded, profile, digest, fresh=request.rebuild)
+            lifted = lift(taught, inputs)
+            base = prepare("student", lifted, loaded, profile, model.backend, digest, fresh=request.rebuild)
         why = "student: no plan for the model itself met the budgets"
         return replace(base, training=f"student distilled: {how}", why=(why,))
 
@@ -350,10 +352,11 @@ def _layers(base: Base, plan: Plan, targets: Sequence[Target], threads: int) -> 
                 macs=(before.macs, sum(layer.macs for layer in after)),
                 latency={
                     target.name: (
-                        costs.layer_latency(before, "fp32", target, threads),
+                        costs.layer_latency(before, "fp32" if base.backend.on_host else "int8", target, threads),
                         sum(costs.layer_latency(layer, precision, target, threads) for layer in after),
                     )
                     for target in targets
+                    if target.timed
                 },
                 loss=loss,
             )
@@ -385,5 +388,6 @@ def _files(made: Report, best: Attempt, sampled: Sampled) -> dict[str, bytes]:
         "report.json": text.encode(),
         "report.html": report.html(read).encode(),
         "report.md": report.markdown(read).encode(),
+        **{bundle.graph_name(made.artifact, i): graph for i, graph in enumerate(best.built.artifact.graphs)},
         **handoff.vectors(made, sampled),
     }

@@ -1,6 +1,6 @@
 """A point of the planner's space, what it is made of when lowered, and plans from and to data. No torch here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -118,30 +118,47 @@ class Choice:
 
         The model's inputs stay to the end: they are the caller's.
         """
-        size = {step.makes: tensor_bytes(step.layer, step.makes[1]) for step in self.steps}
         most = [0] * len(self.facts.layers)
-        inputs = self.input_bytes()
-        for step, alive in zip(self.steps, self.alive(), strict=True):
-            most[step.index] = max(most[step.index], inputs + sum(size[tensor] for tensor in alive))
+        for step, live in zip(self.steps, self.step_bytes(), strict=True):
+            most[step.index] = max(most[step.index], self.input_bytes() + live)
         return tuple(most)
 
-    def alive(self) -> tuple[frozenset["Tensor"], ...]:
+    def step_bytes(
+        self, bytes_of: "BytesOf | None" = None, in_place: bool = True, joined: bool = False
+    ) -> tuple[int, ...]:
+        """Bytes of the activations alive at each of `steps`, apart from the model's inputs; see `alive`."""
+        size = {step.makes: (bytes_of or tensor_bytes)(step.layer, step.makes[1]) for step in self.steps}
+        return tuple(sum(size[tensor] for tensor in alive) for alive in self.alive(in_place, joined))
+
+    def alive(self, in_place: bool = True, joined: bool = False) -> tuple[frozenset["Tensor"], ...]:
         """The tensors alive at each of `steps`, apart from the model's inputs.
 
-        An operator that may, and whose input nobody else reads, writes its output over it.
+        Where that is done `in_place`, an operator that may, and whose input nobody else reads, writes its output over
+        it. `joined`: what a concatenation alone reads is made as a part of its output.
         """
         dies = {tensor: i for i, step in enumerate(self.steps) for tensor in step.reads}
         size = {step.makes: tensor_bytes(step.layer, step.makes[1]) for step in self.steps}
+        readers = [tensor for step in self.steps for tensor in step.reads]
+        parts = {
+            tensor: step.makes
+            for step in self.steps
+            for tensor in step.reads
+            if joined and step.layer.op == "cat" and readers.count(tensor) == 1
+        }
         alive: frozenset[Tensor] = frozenset()
         found = []
         for i, step in enumerate(self.steps):
             before = step.reads[0] if step.reads else None
-            if step.layer.op in IN_PLACE and before in alive and dies[before] == i and size[before] == size[step.makes]:
+            if in_place and step.layer.op in IN_PLACE and before in alive and dies[before] == i and size[before] == size[step.makes]:
                 alive -= {before}
-            alive |= {step.makes}
+            alive |= {parts.get(step.makes, step.makes)}
             found.append(alive)
             alive = frozenset(tensor for tensor in alive if dies.get(tensor, len(self.steps)) > i)
         return tuple(found)
+
+    def reads_inputs(self) -> int:
+        """The index of the last of `steps` that reads an input of the model as it comes."""
+        return max(i for i, step in enumerate(self.steps) if (MODEL_INPUT, "fp32") in step.reads)
 
     def input_bytes(self) -> int:
         """Bytes of the model's inputs."""
@@ -149,6 +166,7 @@ class Choice:
         return 4 * prod(first.in_shape) if first else 0
 
 
+BytesOf = Callable[[LayerFacts, Precision], int]
 Tensor = tuple[str, Precision]  # by the layer that makes it; one that is converted is two
 
 

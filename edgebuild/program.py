@@ -17,7 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
 from edgebuild.plan import Choice, border, factorized, fits, model_input, narrowed, tensor_bytes
-from edgebuild.space import SLACK, Amount, Limit, Option, Resource, Space
+from edgebuild.space import SLACK, Amount, Limit, Option, Phase, Resource, Space
 from edgebuild.spec import CLAMPS, INT8_OPERATORS, MODEL_INPUT, PASSING_OPERATORS, Form, LayerFacts, Precision, Solve
 
 GAP = 0.01  # relative: a plan may lose this much more than the best one
@@ -356,7 +356,7 @@ class _Program:
         tops: list[tuple[Row, float]] = []
         for phase, (cost, fixed) in zip(resource.phases, counted[1:], strict=True):
             own = self._sum(cost, fixed, phase.fixed, scale)
-            for live, always in self._live() if phase.live else [({}, 0.0)]:
+            for live, always in self._live(phase) if phase.live else [({}, 0.0)]:
                 row = {column: scale * amount for column, amount in live.items()}
                 tops.append(({**row, own: 1.0}, scale * always))
         for row, always in tops or [({}, 0.0)]:
@@ -371,33 +371,52 @@ class _Program:
         self.rows.append(({**row, total: -1.0}, -taken, -taken))
         return total
 
-    def _live(self) -> list[tuple[Row, float]]:
-        """Bytes of the tensors alive at each step that is not part of another: a row over widths, and a constant.
+    def _live(self, phase: Phase) -> list[tuple[Row, float]]:
+        """Bytes that each step of the schedule takes: a row over widths, and a constant.
 
-        As of the dense layers in the model's precision; a tensor between two factors is neglected.
+        As of the dense layers in the model's precision; a tensor between two factors is neglected. Of steps that differ
+        in nothing but live tensors, one that is part of another is left out.
         """
         whole = self.space.whole
         makers = {
             step.makes: self.space.facts.layer(step.makes[0]) for step in whole.steps if step.makes[0] != MODEL_INPUT
         }
         inputs = {step.makes: step.layer for step in whole.steps if step.makes[0] == MODEL_INPUT}
-        steps = dict.fromkeys(whole.alive())  # in the schedule's order: the rows must not depend on a hash
         found = []
-        for step in (step for step in steps if not any(step < other for other in steps)):
+        plan = phase.planned
+        alive = whole.alive() if plan is None else whole.alive(in_place=False, joined=plan.joined)
+        bytes_of = plan.tensor if plan else tensor_bytes
+        for i, (step, live) in enumerate(zip(whole.steps, alive, strict=True)):
+            if plan is None and (any(live < other for other in alive) or live in alive[:i]):
+                continue
             row: Row = {}
-            always = float(whole.input_bytes())
-            for tensor in sorted(step):
+            always = float(phase.input_bytes(whole, i))
+            for tensor in sorted(live):
                 if tensor in inputs:
-                    always += tensor_bytes(inputs[tensor], tensor[1])
+                    always += bytes_of(inputs[tensor], tensor[1])
                     continue
                 layer = makers[tensor]
-                always += tensor_bytes(layer, tensor[1])
+                always += bytes_of(layer, tensor[1])
                 for name in (name for name, group in self.groups.items() if layer.name in group.outputs):
                     for column, (width, _) in zip(self.widths[name].tolist(), self.space.widths[name], strict=True):
-                        saved = tensor_bytes(layer, tensor[1]) - tensor_bytes(self._at(layer, {name: width}), tensor[1])
+                        saved = bytes_of(layer, tensor[1]) - bytes_of(self._at(layer, {name: width}), tensor[1])
                         row[column] = row.get(column, 0.0) - saved
+            if plan is not None:
+                always += self._step(row, step.layer, step.precision, plan.step)
             found.append((row, always))
         return found
+
+    def _step(self, row: Row, layer: LayerFacts, precision: Precision, amount: Amount) -> float:
+        """Add what a layer takes while it runs, by the widths at its ends, to a row; the constant part of it."""
+        ends = [name for name, group in self.groups.items() if layer.name in {*group.inputs, *group.outputs}]
+        if not 1 <= len(ends) <= 2 or layer.name not in {known.name for known in self.space.facts.layers}:
+            return float(amount(layer, precision))
+        indicators = self._indicators(tuple(ends))
+        levels = [[width for width, _ in self.space.widths[name]] for name in ends]
+        for column, widths in zip(indicators.ravel().tolist(), product(*levels), strict=True):
+            taken = amount(self._at(layer, dict(zip(ends, widths, strict=True))), precision)
+            row[column] = row.get(column, 0.0) + taken
+        return 0.0
 
     # --------------------------------------------------------------------------------------------------- the solver
 

@@ -37,6 +37,8 @@ AIM: Mapping[str, float] = {
     "latency_p99": 0.95,
     "throughput": 0.97,
     "peak_memory": 0.98,
+    "sram": 1.0,
+    "flash": 1.0,
 }
 MOST_DISTILLATION = 4  # times the steps that the profile asks for
 ROUNDING_LOSES = 1.1  # times the loss without it, from where on training with the rounding is tried
@@ -96,7 +98,8 @@ class Planner:
         return self.space(self.limits)
 
     def space(self, limits: Sequence[Limit]) -> tuple[Space, tuple[Dropped, ...]]:
-        return space.make(self.base.facts, self.candidates, limits, self.precision)
+        mixed = self.base.backend.mixes
+        return space.make(self.base.facts, self.candidates, limits, self.precision, mixed)
 
 
 def start(planner: Planner) -> Proposal:
@@ -245,14 +248,12 @@ def natural(kind: str, value: float) -> float:
 def frontier(planner: Planner, chosen: Proposal | None) -> tuple[FrontierPoint, ...]:
     """The least estimated loss at falling latencies on the gating target, and at falling sizes, other budgets as asked.
 
-    From the planner alone; around the chosen plan, whose own bound is among the points.
+    On a target that nothing times at falling SRAM, in place of latency. From the planner alone; around the chosen plan, whose own bound is among the points.
     """
     found = []
-    kinds: tuple[BudgetKind, ...] = ("latency", "size")
-    axes = [
-        costs.limit(kind, planner.targets[0], inf, planner.profile, planner.base.facts, planner.factors)
-        for kind in kinds
-    ]
+    target = planner.targets[0]
+    kinds: tuple[BudgetKind, ...] = ("latency", "size") if target.timed else ("sram", "size")
+    axes = [costs.limit(kind, target, inf, planner.profile, planner.base.facts, planner.factors) for kind in kinds]
     for axis in axes:
         others = [limit for limit in planner.limits if (limit.kind, limit.target) != (axis.kind, axis.target)]
         wide = replace(axis, bound=axis.predicted(Choice(planner.base.facts, planner.precision)))

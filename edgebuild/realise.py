@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgebuild import built, cache
-from edgebuild.backends import BACKENDS
+from edgebuild.backends import Backend
 from edgebuild.base import SENSITIVITY_SAMPLES, Base, lifted_digest, spread
 from edgebuild.built import Built
 from edgebuild.clock import Progress
@@ -33,7 +33,7 @@ def realise(
     base: Base, plan: Plan, loaded: Loaded, profile: Profile, teacher: fx.GraphModule, progress: Progress
 ) -> Built:
     """Build a plan's artifact, or take it from the cache. Raises TransformError, BackendError or TaskError."""
-    name = cache.key(base.digest, _settings(plan, profile))
+    name = cache.key(base.digest, _settings(plan, profile, base.backend))
     with cache.locked("built", name):
         kept = None if base.fresh else built.read(name)
         if kept is None:
@@ -65,7 +65,7 @@ def _realised(
         loss = distance(base.model, lowered, samples, logits)
         if not plan.distil and not plan.qat_steps:
             losses["quantize"] = loss - sum(losses.values())
-    artifact = BACKENDS[profile.artifact].lower(lowered, inputs)
+    artifact = base.backend.lower(lowered, inputs)
     expected = tuple(eager(lowered, samples))
     return Built(artifact, expected, training, steps, False, loss, unrounded, losses, quantization, lowered)
 
@@ -81,7 +81,7 @@ def _distilled(
 ) -> tuple[fx.GraphModule, str, int]:
     """The model trained, how that went, and its steps. Plans that only round it otherwise take it from the cache."""
     unrounded = replace(plan, precision="fp32", keep_fp32=(), scheme="static", qat_steps=0)
-    name = cache.key("trained", base.digest, _settings(unrounded, profile))
+    name = cache.key("trained", base.digest, _settings(unrounded, profile, None))
     settings = replace(profile.distillation, steps=plan.distil_steps)
     hints = _hints(base, plan) if base.name != "student" and settings.hint_weight else ()
     fresh = base.fresh and name not in base.made
@@ -99,14 +99,14 @@ def _quantized(
     teacher: fx.GraphModule,
     progress: Progress,
 ) -> quantize.Quantized:
-    inputs, logits = loaded.task.example_inputs, loaded.task.outputs == "logits"
-    quantizer = BACKENDS[profile.artifact].quantizer(_kept(plan), plan.scheme)
+    inputs, logits = base.backend.layout(loaded.task.example_inputs), loaded.task.outputs == "logits"
+    quantizer = base.backend.quantizer(_kept(plan), plan.scheme)
     if not plan.qat_steps:
         return quantize.apply(model, inputs, loaded.samples, quantizer, logits)
     shown, held = quantize.split(loaded.samples)
     rate = QAT_RATE * (profile.distillation.learning_rate or ADAMW_RATE)
     settings = replace(profile.distillation, steps=plan.qat_steps, learning_rate=rate)
-    keep = cache.key("rounded", base.digest, _settings(plan, profile))
+    keep = cache.key("rounded", base.digest, _settings(plan, profile, base.backend))
     return quantize.finish(
         model,
         teacher,
@@ -223,11 +223,11 @@ def calibration_batches(loaded: Loaded, size: int = 32) -> list[tuple[Tensor, ..
     return list(stacked(loaded.samples, size))
 
 
-def _settings(plan: Plan, profile: Profile) -> str:
+def _settings(plan: Plan, profile: Profile, backend: Backend | None) -> str:
     training = {"distillation": asdict(profile.distillation), "seed": profile.seed}
     settings = {
         "plan": asdict(plan.choices),
-        "artifact": profile.artifact,
+        "backend": repr(backend),
         "training": training if plan.distil or plan.qat_steps else None,
         "versions": versions(),
     }

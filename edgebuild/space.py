@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from edgebuild.plan import Choice, factorized
 from edgebuild.spec import (
@@ -29,12 +30,45 @@ Amount = Callable[[LayerFacts, Precision], float]
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What buffers take: a `step` beside the tensors, and a `tensor`; concatenations that are `joined` copy nothing."""
+
+    step: Amount
+    tensor: Callable[[LayerFacts, Precision], int]
+    joined: bool
+
+
+@dataclass(frozen=True)
 class Phase:
-    """A stretch of time with needs of its own: a sum over the layers, a constant, the activations alive if `live`."""
+    """A stretch of time with needs of its own: a sum over the layers, a constant, the activations alive if `live`.
+
+    The model's `inputs` are the caller's and kept, or live until they were read, or lie elsewhere. On a microcontroller
+    every buffer is `planned`: that says what a step takes while it runs, beside the tensors.
+    """
 
     layer: Amount
     fixed: float = 0.0
     live: bool = False
+    planned: "Planned | None" = None
+    inputs: Literal["kept", "read", "elsewhere"] = "kept"
+
+    def of(self, choice: Choice) -> float:
+        """What it takes of a choice: with live activations at the worst of the steps."""
+        total = self.fixed + sum(self.layer(layer, precision) for layer, precision in choice.layers())
+        if not self.live:
+            return total
+        if (plan := self.planned) is None:
+            return total + max(live + self.input_bytes(choice, i) for i, live in enumerate(choice.step_bytes()))
+        lives = choice.step_bytes(plan.tensor, in_place=False, joined=plan.joined)
+        return total + max(
+            live + self.input_bytes(choice, i) + plan.step(step.layer, step.precision)
+            for i, (step, live) in enumerate(zip(choice.steps, lives, strict=True))
+        )
+
+    def input_bytes(self, choice: Choice, step: int) -> int:
+        """Bytes of the model's inputs that are held at a step."""
+        held = self.inputs == "kept" or (self.inputs == "read" and step <= choice.reads_inputs())
+        return choice.input_bytes() if held else 0
 
 
 @dataclass(frozen=True)
@@ -49,15 +83,8 @@ class Resource:
     phases: tuple[Phase, ...] = ()
 
     def of(self, choice: Choice) -> float:
-        layers = choice.layers()
-        total = self.fixed + sum(self.layer(layer, precision) for layer, precision in layers)
-        tops = [
-            phase.fixed
-            + sum(phase.layer(layer, precision) for layer, precision in layers)
-            + (max(choice.live_bytes()) if phase.live else 0)
-            for phase in self.phases
-        ]
-        return total + max(tops, default=0.0)
+        total = self.fixed + sum(self.layer(layer, precision) for layer, precision in choice.layers())
+        return total + max((phase.of(choice) for phase in self.phases), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -126,11 +153,15 @@ class Space:
 
 
 def make(
-    facts: ModelFacts, candidates: Sequence[Candidate], limits: Sequence[Limit], precision: Precision
+    facts: ModelFacts,
+    candidates: Sequence[Candidate],
+    limits: Sequence[Limit],
+    precision: Precision,
+    mixed: bool = True,
 ) -> tuple[Space, tuple[Dropped, ...]]:
     """The space of a model in `precision`, and the candidates that were left out as they cannot pay.
 
-    What a candidate saves is judged with everything else whole.
+    What a candidate saves is judged with everything else whole. `mixed`: a layer of an int8 model may stay fp32.
     """
     dropped: list[Dropped] = []
     widths = {group.name: _levels(facts, group, candidates, limits, precision, dropped) for group in facts.groups}
@@ -143,7 +174,7 @@ def make(
     for layer in (layer for layer in facts.layers if layer.weighted):
         loss = casts.get(layer.name, 0.0)
         found = [Option(None, precision, loss)]
-        if layer.name in casts:
+        if layer.name in casts and mixed:
             kept = Choice(facts, precision, keep_fp32=frozenset({layer.name}))
             saves = any(_saves(cost, limit.predicted(kept), cost) for cost, limit in zip(costs, limits, strict=True))
             if saves or loss > noticeable:

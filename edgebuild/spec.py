@@ -310,6 +310,37 @@ class Remote:
 
 
 @dataclass(frozen=True)
+class Npu:
+    """An Ethos-U NPU as Arm's Vela compiler is told of it, which estimates its cycles from these three names.
+
+    `accelerator` is the NPU with its MACs per cycle ("ethos-u55-128"), `system_config` (clock, bandwidths, latencies of
+    memories) and `memory_mode` (what lies in which memory) are sections of the `vela.ini` that Vela ships.
+    """
+
+    accelerator: str
+    system_config: str
+    memory_mode: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Board:
+    """A microcontroller: its Cortex-M core ("cortex-m4") and the memories that its data sheet states.
+
+    `sram` counts what the core (and the NPU) can compute in, `flash` what keeps programs and weights.
+    """
+
+    cpu: str
+    sram: Bytes
+    flash: Bytes
+    source: str
+
+
+DeviceName = Literal["host", "arm", "ssh", "ethos_u", "cortex_m"]
+MICROCONTROLLERS: tuple[DeviceName, ...] = ("ethos_u", "cortex_m")
+
+
+@dataclass(frozen=True)
 class Target:
     """A piece of hardware with its runtime; one TOML in `targets/`.
 
@@ -317,12 +348,12 @@ class Target:
     that run the model first; it, `memory` and `threads` are empty for the host, whose figures are measured and not
     written down. `latency_error` is the relative error band of a latency that was simulated and not measured. An ssh
     target is reached by `ssh`, and its latency predicted by `costs_of`, which a file names. `calibration` is None where
-    no latency was fitted.
+    no latency was fitted. A microcontroller has a `board`, one with an NPU an `npu` too.
     """
 
     name: str
     title: str
-    device: Literal["host", "arm", "ssh"]
+    device: DeviceName
     status: Literal["measured", "validated", "unvalidated"]
     cluster: tuple[Cluster, ...] = ()
     l3: SharedCache | None = None
@@ -333,15 +364,35 @@ class Target:
     calibration: Calibration | None = None
     ssh: Remote | None = None
     costs_of: "Target | None" = None
+    npu: Npu | None = None
+    board: Board | None = None
+
+    @property
+    def microcontroller(self) -> bool:
+        return self.device in MICROCONTROLLERS
+
+    @property
+    def timed(self) -> bool:
+        """Whether anything tells how long an artifact takes on it."""
+        return self.device != "cortex_m"
 
 
 # ----------------------------------------------------------------------------------------------------- budgets
 
 BudgetKind = Literal[
-    "size", "latency", "latency_p95", "latency_p99", "throughput", "peak_memory", "accuracy_drop", "min_delegated"
+    "size",
+    "latency",
+    "latency_p95",
+    "latency_p99",
+    "throughput",
+    "peak_memory",
+    "sram",
+    "flash",
+    "accuracy_drop",
+    "min_delegated",
 ]
 LOWER_BOUNDS = ("throughput", "min_delegated")
-PER_TARGET = ("latency", "latency_p95", "latency_p99", "throughput", "peak_memory")
+PER_TARGET = ("latency", "latency_p95", "latency_p99", "throughput", "peak_memory", "sram", "flash")
 
 
 @dataclass(frozen=True)
@@ -872,7 +923,8 @@ class Artifact:
     """A lowered model: its bytes and what the backend says of it.
 
     `delegated` counts operators in and out of the delegate; `fallen_back` names each operator that stayed outside with
-    the source line it came from.
+    the source line it came from, and what is known of why and of what it costs. `graphs`: for each delegate of an
+    Ethos-U the TOSA graph (a flatbuffer) that its commands were compiled from.
     """
 
     kind: Literal["pte", "torchscript"]
@@ -882,6 +934,7 @@ class Artifact:
     not_delegated: int
     fallen_back: tuple[str, ...]
     planned_memory: int
+    graphs: tuple[bytes, ...] = field(default=(), repr=False)
 
     @property
     def suffix(self) -> str:
@@ -935,7 +988,7 @@ class Prediction:
 class LayerRow:
     """A layer before and after; sizes in parameters. `latency` is the prediction for each target, in seconds.
 
-    Before is the layer in fp32, as the original has it.
+    Before is the layer as the original has it, in fp32; on a microcontroller, which computes in int8 alone, in int8.
     """
 
     name: str

@@ -23,7 +23,7 @@ def shortened(model: Base, dropped: Sequence[str], loaded: Loaded, profile: Prof
     samples, logits = spread(loaded.samples), loaded.task.outputs == "logits"
     short = shorten.apply(model.model, loaded.task.example_inputs, dropped)
     lost = distance(model.model, short, batches(model.model, samples), logits)
-    base = prepare("shortened", short, loaded, profile, inputs_digest, model.fresh)
+    base = prepare("shortened", short, loaded, profile, model.backend, inputs_digest, model.fresh)
     return replace(base, dropped=tuple(dropped), lost=lost)
 
 

@@ -101,9 +101,11 @@ def _confinement() -> Check:
 def _run(path: Path, loaded: Bundle, inputs: Sequence[Arrays], outputs: Sequence[Arrays]) -> Check:
     artifact = loaded.manifest.artifact
     data = loaded.files[artifact.file]
-    with as_file(data, ".pte" if artifact.format == "pte" else ".pt") as file:
+    by_reference = loaded.manifest.runtime.microcontroller
+    graphs = bundle.graphs(loaded.files, artifact.file)
+    with as_file(data, ".pte" if artifact.format == "pte" else ".pt", graphs) as file:
         try:
-            with host.start(file, HOST, 1, _limits(data, loaded)) as worker:
+            with host.start(file, HOST, 1, _limits(data, loaded), by_reference) as worker:
                 worker.ask("load", timeout=TIMEOUT)
                 stacked = tuple(np.stack(arrays) for arrays in zip(*inputs, strict=True))
                 _, found = worker.ask("many", stacked, TIMEOUT)

@@ -102,7 +102,7 @@ def programs(name: str, resnet_file: Path | None, folder: Path) -> tuple[ModelFa
     made, x = make(name, resnet_file)
     model = lift(made, (x,))
     paths: dict[Precision, Path] = {p: folder / f"{name}-{p}.pte" for p in PRECISIONS}
-    backend = BACKENDS["pte"]
+    backend = BACKENDS["xnnpack"]
     for precision, path in paths.items():
         if path.is_file():
             continue

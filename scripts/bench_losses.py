@@ -61,7 +61,7 @@ def main() -> None:
     profile = Profile("bench", "bench", "host", "pte", (), seed=options.seed)
     model = lift(loaded.task.model, loaded.task.example_inputs)
     began = time.process_time()
-    base = prepare(loaded.name, model, loaded, profile, "", True)
+    base = prepare(loaded.name, model, loaded, profile, HOST, "", True)
     seconds = time.process_time() - began
     scales = trials.scales(base.trials)
     rng = np.random.default_rng(options.seed)

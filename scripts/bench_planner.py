@@ -159,7 +159,7 @@ def _begin(name: str, loaded: Loaded, profile: Profile, clock: Clock) -> tuple[B
     targets = catalog.targets_of(profile)[:1]
     model = lift(loaded.task.model, loaded.task.example_inputs)
     with clock.stage("analyse", f"analysing {name}"):
-        base = prepare("model", model, loaded, profile, pipeline.inputs_digest(loaded), fresh=False)
+        base = prepare("model", model, loaded, profile, HOST, pipeline.inputs_digest(loaded), fresh=False)
     costs.warm_up(targets, profile.threads, base.facts)
     original = take_original(base, loaded, profile, targets, clock)
     planner = Planner(base, profile, targets, {}, base.candidates)

@@ -69,8 +69,8 @@ def bench(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         precision = "fp32" if label == "fp32" else "int8"
         lowered: nn.Module = lifted
         if precision == "int8":
-            lowered = quantize.apply(lifted, inputs, [inputs], BACKENDS["pte"].quantizer(keep)).model
-        data = BACKENDS["pte"].lower(lowered, inputs).data
+            lowered = quantize.apply(lifted, inputs, [inputs], BACKENDS["xnnpack"].quantizer(keep)).model
+        data = BACKENDS["xnnpack"].lower(lowered, inputs).data
         choice = Choice(facts, precision, keep_fp32=frozenset(keep))  # type: ignore[arg-type]
         row = {"model": name, "precision": label, "size": len(data), "predicted": costs.size(facts).of(choice)}
         row["peak predicted"] = costs.peak_memory(facts).of(choice)

@@ -82,7 +82,7 @@ def main() -> None:
         techniques=("quantize", "prune"),
     )  # fmt: skip
     model = lift(loaded.task.model, loaded.task.example_inputs)
-    base = prepare("model", model, loaded, profile, pipeline.inputs_digest(loaded), fresh=False)
+    base = prepare("model", model, loaded, profile, HOST, pipeline.inputs_digest(loaded), fresh=False)
     costs.warm_up(targets, chosen.threads, base.facts)
     plans = {}
     for target in targets:

@@ -98,12 +98,12 @@ def measured(block: Callable[[], nn.Module], count: int, precision: str, flat: b
     layers = Choice(analyse(lifted, inputs), precision).layers()  # type: ignore[arg-type]
     lowered: nn.Module = lifted
     if precision == "int8":
-        lowered = quantize.apply(lifted, inputs, [inputs], BACKENDS["pte"].quantizer()).model
+        lowered = quantize.apply(lifted, inputs, [inputs], BACKENDS["xnnpack"].quantizer()).model
     charged = sum(
         layer_bytes(layer, q) - sum(-(-size // 128) * 128 for size in constants(layer, q) if layer.weighted)
         for layer, q in layers
     )
-    return flatbuffers(BACKENDS["pte"].lower(lowered, inputs).data), charged
+    return flatbuffers(BACKENDS["xnnpack"].lower(lowered, inputs).data), charged
 
 
 def main() -> None:

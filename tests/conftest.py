@@ -292,7 +292,7 @@ def made(paper: Made, image: tuple[Tensor, ...], images: list[tuple[Tensor, ...]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
     lifted = lift(model, image)
-    data = BACKENDS["pte"].lower(lifted, image).data
+    data = BACKENDS["xnnpack"].lower(lifted, image).data
     vectors = bundle.vectors([verify.to_arrays(x) for x in images[:8]], verify.eager(lifted, images[:8]))
     written = replace(paper.report, artifact_sha256=hashlib.sha256(data).hexdigest(), size=len(data))
     text = report.to_json(written).encode()

@@ -29,7 +29,7 @@ def prepared(profile: Profile = QUICK, fresh: bool = False) -> Base:
     samples = tuple((x,) for x in torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(1))
     model = small()
     loaded = Loaded("small", Task(model, samples[0], list(samples)), samples, "")
-    return prepare("model", lift(model, samples[0]), loaded, profile, "inputs", fresh)
+    return prepare("model", lift(model, samples[0]), loaded, profile, HOST, "inputs", fresh)
 
 
 def same(a: Base, b: Base) -> bool:

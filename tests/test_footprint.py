@@ -119,10 +119,10 @@ def test_peak_memory_within_a_tenth_on_the_arm_device(lifted, image, images, pre
     from edgebuild.devices import arm
 
     model = (
-        quantize.apply(lifted, image, images[:1], BACKENDS["pte"].quantizer()).model if precision == "int8" else lifted
+        quantize.apply(lifted, image, images[:1], BACKENDS["xnnpack"].quantizer()).model if precision == "int8" else lifted
     )
     path = tmp_path / "model.pte"
-    path.write_bytes(BACKENDS["pte"].lower(model, image).data)
+    path.write_bytes(BACKENDS["xnnpack"].lower(model, image).data)
     with arm.load(path, load_target("raspberry-pi-4"), 1) as guest:
         guest.run(tuple(x.numpy() for x in image))
     choice = Choice(analyse(lifted, image), precision)

@@ -62,7 +62,7 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     try:
-        with _quiet():
+        with quiet():
             program = export(model, inputs)
             _refuse_known_wrong(program)
             program = _averaged(program, inputs)
@@ -72,8 +72,9 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
                 # the validity check repeats what lowering checks, and costs a third of the time
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
-            delegated, outside = _delegation(edge)
+            delegated, outside = delegation(edge)
             lowered = edge.to_executorch()
+        fallen_back = tuple(f"{operator(node)} {source_line(node)}".strip() for node in outside)
     except BackendError:
         raise
     except Exception as error:  # the lowering raises whatever it likes
@@ -81,7 +82,7 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
         raise BackendError(f"XNNPACK cannot lower the model: {reason[:300]}") from error
     method = lowered.executorch_program.execution_plan[0]
     return Artifact(
-        "pte", lowered.buffer, NAME, delegated, len(outside), tuple(outside), sum(method.non_const_buffer_sizes)
+        "pte", lowered.buffer, NAME, delegated, len(outside), fallen_back, sum(method.non_const_buffer_sizes)
     )
 
 
@@ -183,8 +184,8 @@ def _dequantizes(node: Any) -> bool:
     return "dequantize" in str(getattr(node, "target", ""))
 
 
-def _delegation(edge: Any) -> tuple[int, list[str]]:
-    """Operators inside the delegate, and those outside with the source line that they came from."""
+def delegation(edge: Any) -> tuple[int, list[fx.Node]]:
+    """Operators inside the delegates, counted, and those outside."""
     graph = edge.exported_program().graph_module
     delegated, outside = 0, []
     for node in graph.graph.nodes:
@@ -197,17 +198,18 @@ def _delegation(edge: Any) -> tuple[int, list[str]]:
                 for n in lowered.original_module.graph_module.graph.nodes
             )
         else:
-            outside.append(f"{_operator(node)} {_source_line(node)}".strip())
+            outside.append(node)
     return delegated, outside
 
 
-def _operator(node: Any) -> str:
+def operator(node: fx.Node) -> str:
+    """The name of an operator, as "add"."""
     name = getattr(node.target, "__name__", str(node.target))
     return str(getattr(getattr(node.target, "_op", None), "_name", name)).removeprefix("aten::")
 
 
-def _source_line(node: Any) -> str:
-    """The user's line in the node's stack trace."""
+def source_line(node: fx.Node) -> str:
+    """The user's line in the node's stack trace, in brackets; "" where it is not known."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if 'File "' in line]
     own = [line for line in lines if "/torch/" not in line and "/executorch/" not in line]
     return f"({own[-1]})" if own else ""
@@ -219,7 +221,7 @@ def _module_path(node: Any) -> set[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Lowering prints and warns a good deal that is no news; the garbage collector doubles its time."""
     loggers = [logging.getLogger(name) for name in ("executorch", "torch.export", "root", "")]
     levels = [logger.level for logger in loggers]

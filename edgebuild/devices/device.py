@@ -16,11 +16,13 @@ Arrays = tuple[NDArray, ...]
 
 
 @contextmanager
-def as_file(data: bytes, suffix: str) -> Iterator[Path]:
-    """An artifact's bytes as a file, for as long as the block lasts."""
+def as_file(data: bytes, suffix: str, graphs: Sequence[bytes] = ()) -> Iterator[Path]:
+    """An artifact's bytes as a file, its TOSA graphs beside it, for as long as the block lasts."""
     with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
         path = Path(folder) / f"model{suffix}"
         path.write_bytes(data)
+        for i, graph in enumerate(graphs):
+            path.with_suffix(f".{i}.tosa").write_bytes(graph)
         yield path
 
 

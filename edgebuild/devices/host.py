@@ -196,8 +196,13 @@ class Confined:
 
 
 @contextmanager
-def start(artifact: Path, target: Target, threads: int, confined: Confined | None = None) -> Iterator[Worker]:
-    """Start a worker that has not loaded its artifact yet; it is ended with the block."""
+def start(
+    artifact: Path, target: Target, threads: int, confined: Confined | None = None, reference: bool = False
+) -> Iterator[Worker]:
+    """Start a worker that has not loaded its artifact yet; it is ended with the block.
+
+    `reference`: it follows a microcontroller's program by reference operators.
+    """
     check(target)
     what = f"{artifact.name} on {target.name}"
     if artifact.suffix not in (".pte", ".bpte", ".pt"):
@@ -205,7 +210,7 @@ def start(artifact: Path, target: Target, threads: int, confined: Confined | Non
     if not artifact.is_file():
         raise DeviceError(f"{what}: there is no file {artifact}")
     # A file and not a module, with -P, so that nothing in the current folder can stand in for a library.
-    command = [host_worker.__file__, str(artifact.absolute()), str(threads)]
+    command = [host_worker.__file__, str(artifact.absolute()), str(threads), *(["reference"] if reference else [])]
     command = [sys.executable, "-P", *([confine.__file__, str(confined.memory)] if confined else []), *command]
     errors = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed by the worker
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)

@@ -1,4 +1,6 @@
-"""The process that an artifact runs in: `host_worker.py ARTIFACT THREADS`; requests on stdin, answers on stdout.
+"""The process that an artifact runs in; requests on stdin, answers on stdout.
+
+`host_worker.py ARTIFACT THREADS` runs it in this machine's runtime, with `reference` behind it by `devices.reference`.
 
 A frame is MAGIC, the sizes of a JSON header (uint32) and of a body (uint64), then both; the body holds tensors "0",
 "1", ... as safetensors. The worker first says `{}` (or `{"error": ...}`), then answers each request in turn:
@@ -9,6 +11,8 @@ A frame is MAGIC, the sizes of a JSON header (uint32) and of a body (uint64), th
     verify  {cases, atol}                 runs the test cases of a bundled program, and compares their outputs
     memory  {}                            loads the artifact and runs it; `base` and `peak` resident bytes, `exact`
     time    {method, at_least, at_most, cpu}   nanoseconds of each run, int64, in seconds' bounds; `settled`
+    facts   {}                            of a microcontroller's program: bytes planned, operators, delegates
+    streams {}                            of the same: the commands and the weights of each delegate
 
 Every answer is `{...}` or `{"error": ...}`. The parent imports this file for the frames, so torch is imported late.
 """
@@ -17,6 +21,7 @@ import ctypes
 import gc
 import json
 import os
+import runpy
 import signal
 import statistics
 import struct
@@ -67,14 +72,14 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
 # --------------------------------------------------------------------------------------------------- the worker
 
 
-def main(artifact: str, threads: int) -> None:
+def main(artifact: str, threads: int, kind: str = "") -> None:
     """Serve until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what libraries print must not end up between the frames
     try:
-        model = _Pte(artifact, threads) if artifact.endswith("pte") else _TorchScript(artifact, threads)
+        model = _model(artifact, threads, kind)
     except Exception as error:
         return write_frame(answers, {"error": _reason(error)})
     gc.collect()
@@ -148,7 +153,17 @@ class _TorchScript:
         return lambda inputs: method(*inputs)
 
 
-_Model = _Pte | _TorchScript
+def _model(artifact: str, threads: int, kind: str) -> Any:
+    if kind == "reference":
+        import torch
+
+        torch.set_num_threads(1)
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reference.py")  # the package is not on the path
+        return runpy.run_path(beside)["Reference"](artifact)
+    return _Pte(artifact, threads) if artifact.endswith("pte") else _TorchScript(artifact, threads)
+
+
+_Model = Any  # _Pte, _TorchScript or Reference
 _Answer = tuple[dict[str, Any], list[Any]]
 
 
@@ -171,9 +186,16 @@ def _many(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
 
 
 def _verify(model: _Model, inputs: tuple[Any, ...], cases: int, atol: float) -> _Answer:
-    assert isinstance(model, _Pte)
     model.verify(cases, atol)
     return {}, []
+
+
+def _facts(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
+    return model.facts(), []
+
+
+def _streams(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
+    return {}, model.streams()
 
 
 def _memory(model: _Model, inputs: tuple[Any, ...]) -> _Answer:
@@ -217,6 +239,8 @@ _OPERATIONS: dict[str, Callable[..., _Answer]] = {
     "verify": _verify,
     "memory": _memory,
     "time": _time,
+    "facts": _facts,
+    "streams": _streams,
 }
 
 
@@ -305,4 +329,4 @@ def _reason(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

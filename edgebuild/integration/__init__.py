@@ -48,7 +48,8 @@ class Model:
     """What the code is made for.
 
     artifact: the name of its file in the bundle. runtime: the version of ExecuTorch, or of PyTorch for TorchScript.
-    samples: how many test vectors the bundle holds.
+    samples: how many test vectors the bundle holds. microcontroller: whether a Cortex-M runs it, for which there is no
+    code but the list of `operators` and delegates that its firmware links.
     """
 
     task: str
@@ -58,6 +59,8 @@ class Model:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     samples: int
+    microcontroller: bool = False
+    operators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,13 @@ class _Field:
 def files(model: Model) -> dict[str, bytes]:
     """The files of the bundle's folder `integration`, by name; the same bytes for the same model.
 
-    A TorchScript artifact, and a model with a dtype that ExecuTorch's API for a language lacks, gets a README that says
-    so in place of the code.
+    A TorchScript artifact, a microcontroller's, and a model with a dtype that ExecuTorch's API for a language lacks,
+    gets a README that says so in place of the code.
     """
     name = names.pascal(model.task, "Task").removesuffix("Model") + "Model"
     snake = f"{names.snake(model.task, 'task').removesuffix('_').removesuffix('_model')}_model"
-    code = model.kind == "pte" and all(tensor.dtype in _TYPES for tensor in (*model.inputs, *model.outputs))
+    known = all(tensor.dtype in _TYPES for tensor in (*model.inputs, *model.outputs))
+    code = model.kind == "pte" and known and not model.microcontroller
     inputs, outputs = (_fields(model.inputs), _fields(model.outputs)) if code else ([], [])
     fields = [*inputs, *outputs]
     wanted = {"integration/README.md": "README.md"}

@@ -246,6 +246,8 @@ def _measured_pairs(report: Json) -> list[tuple[str, ...]]:
         "latency": ("faster", "slower"),
         "throughput": ("slower", "faster"),  # a smaller throughput is a slower one
         "peak_memory": ("smaller", "larger"),
+        "sram": ("smaller", "larger"),
+        "flash": ("smaller", "larger"),
     }
     rows = []
     for key in dict.fromkeys([*after, *before]):

@@ -16,6 +16,8 @@ _FIGURES: dict[str, Callable[[float], str]] = {
     "count": lambda value: f"{value:,}",
     "size": lambda value: str(Bytes(value)),
     "peak_memory": lambda value: str(Bytes(value)),
+    "sram": lambda value: str(Bytes(value)),
+    "flash": lambda value: str(Bytes(value)),
     "throughput": lambda value: f"{value:,.0f} /s" if value >= 100 else f"{value:.3g} /s",
     "accuracy_drop": lambda value: str(Points(value)),
     "min_delegated": lambda value: str(Percent(value)),

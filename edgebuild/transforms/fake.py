@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import (
+    DerivedObserverOrFakeQuantize,
     FakeQuantize,
     HistogramObserver,
     MinMaxObserver,
@@ -105,8 +106,19 @@ RANGES: Mapping[str, Callable[[HistogramObserver], tuple[Tensor, Tensor]]] = {
 def _set_ranges(graph: fx.GraphModule, observers: Mapping[str, nn.Module], name: str) -> None:
     """Put a module that rounds in the place of each observer; what shares an observer shares its rounding."""
     made: dict[int, nn.Module] = {}
+    for observer in observers.values():
+        if id(observer) not in made and not isinstance(observer, DerivedObserverOrFakeQuantize):
+            made[id(observer)] = _rounding(observer, name)
     for place, observer in observers.items():
-        graph.set_submodule(place, made.setdefault(id(observer), _rounding(observer, name)))
+        if isinstance(observer, DerivedObserverOrFakeQuantize) and id(observer) not in made:
+            made[id(observer)] = _derived(observer, [made[id(source)] for source in observer.obs_or_fqs])
+        graph.set_submodule(place, made[id(observer)])
+
+
+def _derived(seen: Any, sources: list[Any]) -> nn.Module:
+    """A scale that follows from others, as a bias's from those of inputs and weights; nothing is rounded by it here."""
+    form = {key: getattr(seen, key) for key in ("quant_min", "quant_max", "qscheme", "ch_axis")}
+    return DerivedObserverOrFakeQuantize(seen.dtype, sources, seen.derive_qparams_fn, **form)
 
 
 def _rounding(seen: Any, name: str) -> nn.Module:
@@ -118,7 +130,7 @@ def _rounding(seen: Any, name: str) -> nn.Module:
         fake.zero_point = fake.zero_point.float()
         fake.disable_observer()
         return _steady(fake)
-    kind = MovingAverageMinMaxObserver if seen.is_dynamic else MovingAveragePerChannelMinMaxObserver
+    kind = MovingAveragePerChannelMinMaxObserver if hasattr(seen, "ch_axis") else MovingAverageMinMaxObserver
     fake = FakeQuantize(kind, averaging_constant=1.0, is_dynamic=seen.is_dynamic, **_form(seen))
     fake.eps = float(seen.eps)  # the conversion asks for it
     return _steady(fake)
@@ -173,6 +185,8 @@ class _Twice(fx.Interpreter):
         if node.target not in (*CONVOLUTIONS, aten.linear.default) or len(node.args) < 3:
             return None
         source = node.args[2]
+        if isinstance(source, fx.Node) and source.op == "call_module":  # a range of its own
+            source = source.args[0]
         if not isinstance(source, fx.Node) or source.op != "get_attr" or len(source.users) > 1:
             return None
         *path, name = str(source.target).split(".")

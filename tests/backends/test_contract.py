@@ -32,7 +32,7 @@ def test_artifacts_answer_as_eager_does(kind, precision, small_net, image, image
 
 def test_lowering_twice_gives_the_same_bytes(small_net, image):
     lifted = lift(small_net, image)
-    assert BACKENDS["pte"].lower(lifted, image).data == BACKENDS["pte"].lower(lifted, image).data
+    assert BACKENDS["xnnpack"].lower(lifted, image).data == BACKENDS["xnnpack"].lower(lifted, image).data
 
 
 def test_what_falls_off_the_delegate_is_named(image):
@@ -41,7 +41,7 @@ def test_what_falls_off_the_delegate_is_named(image):
         def forward(self, x):
             return torch.cumsum(x, 1) + 1.0
 
-    artifact = BACKENDS["pte"].lower(lift(Odd(), image), image)
+    artifact = BACKENDS["xnnpack"].lower(lift(Odd(), image), image)
     assert artifact.not_delegated >= 1 and any("cumsum" in operator for operator in artifact.fallen_back)
 
 
@@ -54,10 +54,10 @@ def test_weights_alone_are_not_quantized(encoder, sentences):
         model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)), lambda m, name: name == "up"
     )
     with pytest.raises(BackendError, match="quantized weights and fp32 activations"):
-        BACKENDS["pte"].lower(model, sentences[0])
+        BACKENDS["xnnpack"].lower(model, sentences[0])
 
 
 def test_half_layer_norms_are_not_lowered(encoder, sentences):
     half = tuple(x.half() for x in sentences[0])
     with pytest.raises(BackendError, match="fp16 LayerNorm"):
-        BACKENDS["pte"].lower(copy.deepcopy(encoder).half(), half)
+        BACKENDS["xnnpack"].lower(copy.deepcopy(encoder).half(), half)

@@ -20,7 +20,7 @@ class Sorting(nn.Module):
 def test_requirements_are_what_selective_build_reads_itself() -> None:
     from executorch.codegen.tools.selective_build import _get_program_from_buffer, _get_program_operators
 
-    data = BACKENDS["pte"].lower(Sorting(), (torch.ones(1, 4),)).data
+    data = BACKENDS["xnnpack"].lower(Sorting(), (torch.ones(1, 4),)).data
     operators, backends = pte.requirements(data)
     assert operators == ("aten::cumsum.out", "dim_order_ops::_to_dim_order_copy.out") and backends == (
         "XnnpackBackend",

@@ -1,0 +1,168 @@
+"""ExecuTorch `.pte` for a Cortex-M with an Ethos-U NPU: Arm's quantizer, TOSA, and commands that Vela compiles."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor, fx, nn
+
+from edgebuild import vela
+from edgebuild.backends import layout, memory, xnnpack
+from edgebuild.errors import BackendError
+from edgebuild.lift import export
+from edgebuild.spec import Artifact, Npu, Scheme
+
+NAME = "ethos_u"
+
+# What people put in the place of an operator that the NPU does not take, or in the place of what it came from.
+REPLACEMENTS = {
+    "gelu": "ReLU or hardswish: the NPU computes them",
+    "erf": "ReLU or hardswish in the place of a GELU",
+    "elu": "ReLU or hardswish",
+    "mish": "hardswish",
+    "softplus": "ReLU",
+    "layer_norm": "batch norm, which is folded into the layer before it",
+    "native_layer_norm": "batch norm, which is folded into the layer before it",
+    "group_norm": "batch norm, which is folded into the layer before it",
+    "cumsum": "a convolution with a kernel of ones",
+    "topk": "the application's own code behind the model: it reads the scores",
+    "sort": "the application's own code behind the model",
+    "argmax": "the application's own code behind the model",
+    "embedding": "a lookup by the application in front of the model",
+    "upsample_bicubic2d": "bilinear or nearest interpolation",
+    "grid_sampler_2d": "a transposed convolution, or nearest interpolation",
+}
+
+
+def quantizer(keep_fp32: tuple[str, ...], scheme: Scheme, npu: Npu) -> Any:
+    """Arm's int8 quantizer for an NPU, weights per channel. Raises BackendError for another scheme."""
+    from executorch.backends.arm.quantizer import EthosUQuantizer, get_symmetric_quantization_config
+
+    refuse(keep_fp32, scheme, "an Ethos-U")
+    made = EthosUQuantizer(_compile_spec(npu))
+    made.set_global(get_symmetric_quantization_config(is_per_channel=True))
+    return made
+
+
+def refuse(keep_fp32: Sequence[str], scheme: Scheme, who: str) -> None:
+    """Raise BackendError for what a microcontroller does not compute."""
+    if scheme != "static":
+        raise BackendError(f"{who} computes int8 with ranges found beforehand, not {scheme}", "set scheme to static")
+    if keep_fp32:
+        raise BackendError(f"{who} computes in int8 alone: {', '.join(keep_fp32)} cannot stay fp32", "leave it int8")
+
+
+def lower(model: nn.Module, inputs: tuple[Tensor, ...], npu: Npu) -> Artifact:
+    """Lower a model that `quantizer` quantized. Raises BackendError with the lowering's or Vela's reason."""
+    from executorch.backends.arm.ethosu import EthosUPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    vela.check()
+    partitioner = EthosUPartitioner(_compile_spec(npu))
+    reasons: list[Any] = []
+    try:
+        with xnnpack.quiet(), _compiled() as compiled, _told(partitioner, reasons):
+            edge = to_edge_transform_and_lower(
+                export(layout.of_weights(model), layout.channels_last(inputs)),
+                partitioner=[partitioner],
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            )
+            delegated, outside = xnnpack.delegation(edge)
+            lowered = edge.to_executorch(memory.config())
+    except BackendError:
+        raise
+    except Exception as error:  # the lowering raises whatever it likes
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BackendError(f"ExecuTorch cannot lower the model for {npu.accelerator}: {reason[:300]}") from error
+    program = edge.exported_program().graph_module
+    method = lowered.executorch_program.execution_plan[0]
+    return Artifact(
+        "pte",
+        lowered.buffer,
+        NAME,
+        delegated,
+        len(outside),
+        tuple(_in_words(node, reasons) for node in outside),
+        sum(method.non_const_buffer_sizes),
+        tuple(compiled[part] for part in _parts(program)),
+    )
+
+
+def _compile_spec(npu: Npu) -> Any:
+    from executorch.backends.arm.ethosu import EthosUCompileSpec
+
+    return EthosUCompileSpec(npu.accelerator, npu.system_config, npu.memory_mode, config_ini=vela.CONFIG)
+
+
+@contextlib.contextmanager
+def _compiled() -> Iterator[dict[bytes, bytes]]:
+    """Keep the TOSA graph of each delegate that is compiled meanwhile, by what was made of it.
+
+    ExecuTorch calls Vela as a library: a crash of it would be the end of the build, so that it runs as a program here.
+    """
+    from executorch.backends.arm import arm_vela
+    from executorch.backends.arm.ethosu import backend
+
+    graphs: dict[bytes, bytes] = {}
+    compile_ = backend.vela_compile
+
+    def kept(tosa: bytes, arguments: list[str], **more: Any) -> Any:
+        made = compile_(tosa, list(arguments), **more)
+        graphs[bytes(made.processed_bytes)] = bytes(tosa)
+        return made
+
+    as_program = SimpleNamespace(main=vela.run)
+    with patch.object(backend, "vela_compile", kept), patch.object(arm_vela, "vela", as_program):
+        yield graphs
+
+
+@contextlib.contextmanager
+def _told(partitioner: Any, reasons: list[Any]) -> Iterator[None]:
+    """Gather the reporters in which a partitioner says why it leaves an operator out."""
+    tag = partitioner._tag_module
+
+    def telling(module: Any, program: Any, reporter: Any) -> Any:
+        reasons.append(reporter)
+        return tag(module, program, reporter)
+
+    with patch.object(partitioner, "_tag_module", telling):
+        yield
+
+
+def _parts(program: fx.GraphModule) -> Iterator[bytes]:
+    """What each delegate holds, in the order of the program."""
+    for node in program.graph.nodes:
+        if "executorch_call_delegate" in str(node.target):
+            yield bytes(getattr(program, node.args[0].name).processed_bytes)
+
+
+# ------------------------------------------------------------------------------------------------ on the CPU
+
+
+def _in_words(node: fx.Node, reasons: Sequence[Any]) -> str:
+    """An operator outside of the NPU: where it comes from, why, what it costs, and what to put in its place."""
+    name = xnnpack.operator(node)
+    words = f"{name} {xnnpack.source_line(node)}".strip()
+    if name in ("quantize_per_tensor", "dequantize_per_tensor"):
+        return f"{words}: {cost(node)}"
+    found = {
+        rejected.name: reason for reporter in reasons for rejected, reason in reporter._rejected_nodes.items()
+    }  # by name: the graph that was lowered is another copy
+    why = found.get(node.name, "")
+    words = f"{words}: {' '.join(why.split())}" if why else words
+    base = name.removesuffix("_copy").split(".")[0]
+    instead = f"; in its place: {REPLACEMENTS[base]}" if base in REPLACEMENTS else ""
+    return f"{words}; {cost(node)}{instead}"
+
+
+def cost(node: fx.Node) -> str:
+    """What an operator costs the CPU, as far as it is known without running there: elements, and bytes of SRAM."""
+    values = [source.meta.get("val") for source in node.all_input_nodes] + [node.meta.get("val")]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    made = node.meta.get("val")
+    elements = made.numel() if isinstance(made, Tensor) else sum(y.numel() for y in made) if made else 0
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    kind = str(tensors[-1].dtype).removeprefix("torch.") if tensors else "?"
+    return f"on the CPU {elements:,} elements of {kind}, {held:,} bytes of tensors"

@@ -1,0 +1,1 @@
+"""What `bench_microcontrollers.py` is made of."""
