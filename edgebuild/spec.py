@@ -742,13 +742,13 @@ def factors(layer: LayerFacts, form: Form) -> tuple[LayerFacts, ...]:
     """The layers that stand in for a factorized one, in order; the last keeps the bias."""
     n, m = layer.in_channels, layer.out_channels
     if layer.op == "linear":
-        rows, (r,) = layer.positions, form.ranks
+        rows, (r,) = (layer.positions,), form.ranks
         return (
             _factor(layer, 0, n, r, (), (), rows, rows, bias=False),
             _factor(layer, 1, r, m, (), (), rows, rows, bias=layer.bias),
         )
     (kh, kw), (sh, sw) = layer.kernel, layer.stride
-    before, after = prod(layer.in_shape[2:]), layer.positions
+    before, after = layer.in_shape[2:], layer.out_shape[2:]
     if form.kind == "svd":
         (r,) = form.ranks
         return (
@@ -757,7 +757,7 @@ def factors(layer: LayerFacts, form: Form) -> tuple[LayerFacts, ...]:
         )
     if form.kind == "spatial":
         (r,) = form.ranks
-        between = layer.out_shape[2] * layer.in_shape[3]
+        between = (layer.out_shape[2], layer.in_shape[3])
         return (
             _factor(layer, 0, n, r, (kh, 1), (sh, 1), before, between, bias=False),
             _factor(layer, 1, r, m, (1, kw), (1, sw), between, after, bias=layer.bias),
@@ -785,10 +785,12 @@ def _factor(
     out_channels: int,
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
-    before: int,
-    after: int,
+    before: tuple[int, ...],
+    after: tuple[int, ...],
     bias: bool,
 ) -> LayerFacts:
+    """A factor; `before` and `after` are height and width of an image, or the rows that a linear layer sees."""
+    image = layer.op == "conv2d"
     return LayerFacts(
         name=f"{layer.name}.{index}",
         op=layer.op,
@@ -796,10 +798,12 @@ def _factor(
         out_channels=out_channels,
         kernel=kernel,
         stride=stride,
-        positions=after,
-        in_elements=in_channels * before,
-        out_elements=out_channels * after,
+        positions=prod(after),
+        in_elements=in_channels * prod(before),
+        out_elements=out_channels * prod(after),
         bias=bias,
+        in_shape=(1, in_channels, *before) if image else (*before, in_channels),
+        out_shape=(1, out_channels, *after) if image else (*after, out_channels),
     )
 
 
