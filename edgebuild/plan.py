@@ -149,7 +149,13 @@ class Choice:
         found = []
         for i, step in enumerate(self.steps):
             before = step.reads[0] if step.reads else None
-            if in_place and step.layer.op in IN_PLACE and before in alive and dies[before] == i and size[before] == size[step.makes]:
+            if (
+                in_place
+                and step.layer.op in IN_PLACE
+                and before in alive
+                and dies[before] == i
+                and size[before] == size[step.makes]
+            ):
                 alive -= {before}
             alive |= {parts.get(step.makes, step.makes)}
             found.append(alive)

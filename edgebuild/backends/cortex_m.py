@@ -54,7 +54,7 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...], board: Board) -> Artifac
         NAME,
         len(nodes) - len(outside),
         len(outside),
-        tuple(f"{xnnpack.operator(node)} {xnnpack.source_line(node)}; {ethos_u.cost(node)}" for node in outside),
+        tuple(f"{ethos_u.name_of(n)} {xnnpack.source_line(n)}; {ethos_u.cost([n])}" for n in outside),
         sum(method.non_const_buffer_sizes),
     )
 

@@ -18,21 +18,19 @@ NAME = "ethos_u"
 
 # What people put in the place of an operator that the NPU does not take, or in the place of what it came from.
 REPLACEMENTS = {
-    "gelu": "ReLU or hardswish: the NPU computes them",
-    "erf": "ReLU or hardswish in the place of a GELU",
-    "elu": "ReLU or hardswish",
-    "mish": "hardswish",
-    "softplus": "ReLU",
-    "layer_norm": "batch norm, which is folded into the layer before it",
-    "native_layer_norm": "batch norm, which is folded into the layer before it",
-    "group_norm": "batch norm, which is folded into the layer before it",
-    "cumsum": "a convolution with a kernel of ones",
-    "topk": "the application's own code behind the model: it reads the scores",
     "sort": "the application's own code behind the model",
+    "topk": "the application's own code behind the model: it reads the scores",
     "argmax": "the application's own code behind the model",
     "embedding": "a lookup by the application in front of the model",
+    "interpolate": "bilinear or nearest interpolation",
     "upsample_bicubic2d": "bilinear or nearest interpolation",
+    "flip": "the same by the application, or weights that are flipped",
     "grid_sampler_2d": "a transposed convolution, or nearest interpolation",
+    "avg_pool3d": "two-dimensional pools, or batch norm for a response norm",
+    "local_response_norm": "batch norm, which is folded into the layer before it",
+    "group_norm": "batch norm, which is folded into the layer before it",
+    "lstm": "convolutions over time",
+    "gru": "convolutions over time",
 }
 
 
@@ -55,7 +53,10 @@ def refuse(keep_fp32: Sequence[str], scheme: Scheme, who: str) -> None:
 
 
 def lower(model: nn.Module, inputs: tuple[Tensor, ...], npu: Npu) -> Artifact:
-    """Lower a model that `quantizer` quantized. Raises BackendError with the lowering's or Vela's reason."""
+    """Lower a model that `quantizer` quantized. Raises BackendError with the lowering's or Vela's reason.
+
+    The CPU converts the inputs to int8 and the outputs back: that is said, and no operator that was left out.
+    """
     from executorch.backends.arm.ethosu import EthosUPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
@@ -83,8 +84,8 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...], npu: Npu) -> Artifact:
         lowered.buffer,
         NAME,
         delegated,
-        len(outside),
-        tuple(_in_words(node, reasons) for node in outside),
+        sum(not converts(node) for node in outside),
+        tuple(_rows(outside, reasons)),
         sum(method.non_const_buffer_sizes),
         tuple(compiled[part] for part in _parts(program)),
     )
@@ -141,28 +142,48 @@ def _parts(program: fx.GraphModule) -> Iterator[bytes]:
 # ------------------------------------------------------------------------------------------------ on the CPU
 
 
-def _in_words(node: fx.Node, reasons: Sequence[Any]) -> str:
-    """An operator outside of the NPU: where it comes from, why, what it costs, and what to put in its place."""
-    name = xnnpack.operator(node)
-    words = f"{name} {xnnpack.source_line(node)}".strip()
-    if name in ("quantize_per_tensor", "dequantize_per_tensor"):
-        return f"{words}: {cost(node)}"
-    found = {
-        rejected.name: reason for reporter in reasons for rejected, reason in reporter._rejected_nodes.items()
-    }  # by name: the graph that was lowered is another copy
-    why = found.get(node.name, "")
-    words = f"{words}: {' '.join(why.split())}" if why else words
-    base = name.removesuffix("_copy").split(".")[0]
-    instead = f"; in its place: {REPLACEMENTS[base]}" if base in REPLACEMENTS else ""
-    return f"{words}; {cost(node)}{instead}"
+def _rows(outside: Sequence[fx.Node], reasons: Sequence[Any]) -> Iterator[str]:
+    """A row for each of the user's lines that leave operators to the CPU, and one for conversions between both."""
+    why = {node.name: reason for reporter in reasons for node, reason in reporter._rejected_nodes.items()}
+    lines: dict[str, list[fx.Node]] = {}
+    for node in outside:
+        lines.setdefault("" if converts(node) else xnnpack.source_line(node), []).append(node)
+    for line, nodes in lines.items():
+        names = [name_of(node) for node in nodes]
+        counted = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+        said = f"{counted} {line}".strip()
+        if not converts(nodes[0]):
+            reason = next((why[node.name] for node in nodes if node.name in why), "")  # by name: the graph is a copy
+            said += f": {' '.join(reason.split())[:200]}" if reason else ""
+            written = next(
+                (str(node.meta["torch_fn"][1]).rpartition(".")[2] for node in nodes if "torch_fn" in node.meta), ""
+            )
+            instead = next((REPLACEMENTS[name] for name in (written, *names) if name in REPLACEMENTS), "")
+            said += f"; in its place: {instead}" if instead else ""
+        yield f"{said}; {cost(nodes)}"
 
 
-def cost(node: fx.Node) -> str:
-    """What an operator costs the CPU, as far as it is known without running there: elements, and bytes of SRAM."""
-    values = [source.meta.get("val") for source in node.all_input_nodes] + [node.meta.get("val")]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    made = node.meta.get("val")
-    elements = made.numel() if isinstance(made, Tensor) else sum(y.numel() for y in made) if made else 0
-    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    kind = str(tensors[-1].dtype).removeprefix("torch.") if tensors else "?"
-    return f"on the CPU {elements:,} elements of {kind}, {held:,} bytes of tensors"
+def converts(node: fx.Node) -> bool:
+    """Whether a node only takes a tensor from fp32 to int8 or back."""
+    return name_of(node) in ("quantize_per_tensor", "dequantize_per_tensor")
+
+
+def name_of(node: fx.Node) -> str:
+    """ "sort" for aten::sort and sort.out."""
+    return xnnpack.operator(node).rpartition("::")[2].partition(".")[0].removesuffix("_copy")
+
+
+def cost(nodes: Sequence[fx.Node]) -> str:
+    """What operators cost the CPU, as far as it is known without running there: elements, and bytes of SRAM."""
+    elements, most = 0, 0
+    for node in nodes:
+        made = _tensors(node)
+        elements += sum(tensor.numel() for tensor in made)
+        held = [*made, *(tensor for source in node.all_input_nodes for tensor in _tensors(source))]
+        most = max(most, sum(tensor.numel() * tensor.element_size() for tensor in held))
+    return f"on the CPU {elements:,} elements are computed, with {most:,} bytes of tensors at once"
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    value = node.meta.get("val")
+    return [x for x in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(x, Tensor)]

@@ -80,7 +80,7 @@ def of(row: Json, value: float | None) -> str:
 
 
 def named(kind: str) -> str:
-    return "delegated" if kind == "min_delegated" else kind.replace("_", " ")
+    return {"min_delegated": "delegated", "sram": "SRAM"}.get(kind, kind.replace("_", " "))
 
 
 def plural(count: int, what: str) -> str:

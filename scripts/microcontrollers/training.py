@@ -35,7 +35,9 @@ def main(images: str, weights: str) -> None:
             with torch.no_grad():
                 score = cifar.accuracy(model, data)
             model.train()
-            print(f"{step}/{steps} loss {loss.item():.3f} test {score:.4f} {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"{step}/{steps} loss {loss.item():.3f} test {score:.4f} {time.monotonic() - began:.0f} s", flush=True
+            )
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
 
 
