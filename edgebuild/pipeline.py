@@ -39,7 +39,7 @@ from edgebuild.spec import (
     Solve,
     Target,
 )
-from edgebuild.transforms import distil
+from edgebuild.transforms import distil, order
 from edgebuild.units import Bytes
 
 
@@ -151,12 +151,21 @@ def _prepared(request: Request, clock: Clock) -> tuple[Loaded, Profile, tuple[Ta
         model = lift(loaded.task.model, loaded.task.example_inputs)
         profile, findings = _usable(profile, loaded, model)
         backend = backends.of(profile, targets)
+        if backend.name == "cortex_m":  # Vela finds an order of its own
+            ordered = order.apply(model, loaded.task.example_inputs)
+            model, findings = ordered.model, (*findings, *_reordered(ordered))
         base = prepare("model", model, loaded, profile, backend, inputs_digest(loaded), fresh=request.rebuild)
         if base.reused:
             clock.reuse("the analysis of the model")
     with clock.stage("calibrate", "finding what layers cost (once)"):
         costs.warm_up(targets, profile.threads, base.facts)
     return loaded, profile, targets, base, findings
+
+
+def _reordered(ordered: order.Ordered) -> Iterator[Finding]:
+    if ordered.after < ordered.before:
+        what = f"operators run in another order: {ordered.after:,} activations are alive at once, not {ordered.before:,}"
+        yield Finding("note", "schedule", what)
 
 
 def load_profile(name: str) -> tuple[Profile, tuple[Target, ...]]:
