@@ -1,5 +1,6 @@
 """Predicted sizes and memory against what was really lowered."""
 
+import functools
 import shutil
 
 import pytest
@@ -19,11 +20,18 @@ MOST = 700  # bytes: the padding of both flatbuffers, and operators that end wit
 KEPT = ("block.conv1", "hidden")
 
 
-def lowered(model, inputs, samples, precision="fp32", keep=(), kind="pte"):
-    backend = BACKENDS[kind]
-    if precision == "int8":
-        model = quantize.apply(model, inputs, samples, backend.quantizer(keep)).model
-    return len(backend.lower(model, inputs).data)
+@pytest.fixture(scope="module")
+def lowered(image, images):
+    """Lowers a model to bytes, once for several tests."""
+
+    @functools.cache
+    def made(model, precision="fp32", keep=(), kind="pte"):
+        backend = BACKENDS[kind]
+        if precision == "int8":
+            model = quantize.apply(model, image, images[:1], backend.quantizer(keep)).model
+        return backend.lower(model, image).data
+
+    return made
 
 
 def predicted(model, inputs, precision="fp32", keep=(), kind="pte"):
@@ -49,11 +57,11 @@ def factorized(lifted, image):
 
 @pytest.mark.parametrize("which", ["lifted", "pruned", "factorized"])
 @pytest.mark.parametrize(("precision", "keep"), [("fp32", ()), ("int8", ()), ("int8", KEPT)])
-def test_size_is_a_tight_upper_bound(which, precision, keep, request, image, images):
+def test_size_is_a_tight_upper_bound(which, precision, keep, request, image, lowered):
     model = request.getfixturevalue(which)
     keep = tuple(name for name in keep if name in dict(model.named_modules()))
     keep = tuple(name for name in keep if isinstance(model.get_submodule(name), (nn.Conv2d, nn.Linear)))
-    size = lowered(model, image, images[:1], precision, keep)
+    size = len(lowered(model, precision, keep))
     assert size <= predicted(model, image, precision, keep) <= size + MOST
 
 
@@ -65,8 +73,8 @@ def test_what_a_choice_promises_is_what_the_realised_model_takes(lifted, factori
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_torchscript_within_a_tenth(lifted, image, images, precision):
-    size = lowered(lifted, image, images[:1], precision, kind="torchscript")
+def test_torchscript_within_a_tenth(lifted, image, lowered, precision):
+    size = len(lowered(lifted, precision, kind="torchscript"))
     assert predicted(lifted, image, precision, kind="torchscript") == pytest.approx(size, rel=0.1)
 
 
@@ -114,15 +122,12 @@ def test_pointers_of_convolutions():
 
 @pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="needs qemu-user")
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_peak_memory_within_a_tenth_on_the_arm_device(lifted, image, images, precision, tmp_path):
+def test_peak_memory_within_a_tenth_on_the_arm_device(lifted, image, lowered, precision, tmp_path):
     from edgebuild.catalog import load_target
     from edgebuild.devices import arm
 
-    model = (
-        quantize.apply(lifted, image, images[:1], BACKENDS["xnnpack"].quantizer()).model if precision == "int8" else lifted
-    )
     path = tmp_path / "model.pte"
-    path.write_bytes(BACKENDS["xnnpack"].lower(model, image).data)
+    path.write_bytes(lowered(lifted, precision, ()))
     with arm.load(path, load_target("raspberry-pi-4"), 1) as guest:
         guest.run(tuple(x.numpy() for x in image))
     choice = Choice(analyse(lifted, image), precision)
