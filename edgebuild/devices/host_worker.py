@@ -155,6 +155,10 @@ class _TorchScript:
 
 def _model(artifact: str, threads: int, kind: str) -> Any:
     if kind == "reference":
+        import tempfile
+
+        # The exporter's libraries ask for temporary folders when they are imported; a confined process can make none.
+        tempfile.tempdir = os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.dirname(artifact)
         import torch
 
         torch.set_num_threads(1)
