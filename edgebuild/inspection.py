@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from edgebuild import costs
+from edgebuild import arena, costs
 from edgebuild.analyse import analyse, check_prunable
 from edgebuild.devices import DEVICES
 from edgebuild.lift import lift
 from edgebuild.load import load
 from edgebuild.plan import Choice
-from edgebuild.spec import Target
+from edgebuild.spec import PRECISIONS, Precision, Target
 from edgebuild.units import Bytes, Seconds
 
 
@@ -27,17 +27,14 @@ def inspect(
     costs.warm_up(targets, threads, facts)
     group_of = {name: group.name for group in facts.groups for name in group.outputs}
     heads = ["layer", "operator", "output", "parameters", "MACs", "channel group"]
-    table = Table(*heads, *(f"{t.name}, {p}" for t in targets for p in ("fp32", "int8")), box=None)
+    timed = [(target, p) for target in targets if target.timed for p in _precisions(target)]
+    table = Table(*heads, *(f"{target.name}, {precision}" for target, precision in timed), box=None)
     for column in (table.columns[0], table.columns[5]):
         column.overflow = "fold"  # a name that is cut off names nothing
     for column in table.columns[3:5]:
         column.justify = "right"
     for layer in facts.layers:
-        times = [
-            str(Seconds(costs.layer_latency(layer, precision, target, threads)))
-            for target in targets
-            for precision in ("fp32", "int8")
-        ]
+        times = [str(Seconds(costs.layer_latency(layer, p, target, threads))) for target, p in timed]
         shape = " x ".join(map(str, layer.out_shape[1:]))
         weighted = (f"{layer.parameters:,}", f"{layer.macs:,}") if layer.weighted else ("", "")
         table.add_row(layer.name, layer.op, shape, *weighted, group_of.get(layer.name, ""), *times)
@@ -50,7 +47,7 @@ def inspect(
     for name, reason in facts.unprunable.items():
         console.print(f"{name} keeps its width: {reason}", highlight=False, markup=False)
     console.print(f"\n{facts.parameters:,} parameters, {facts.macs:,} MACs for a sample", highlight=False)
-    for precision in ("fp32", "int8"):
+    for precision in PRECISIONS:
         choice = Choice(facts, precision)
         live = Bytes(max(choice.live_bytes()))
         size, memory = costs.size(facts).of(choice), costs.peak_memory(facts).of(choice)
@@ -59,6 +56,16 @@ def inspect(
             f"predicted peak memory {Bytes(memory)}",
             highlight=False,
         )
-        for target in targets:
-            total = Seconds(costs.latency(target, threads).of(choice))
-            console.print(f"      predicted latency on {target.name}, {threads} thread(s): {total}", highlight=False)
+        for target in (target for target in targets if precision in _precisions(target)):
+            said = []
+            if target.microcontroller:
+                sram, flash = (Bytes(of(facts, target).of(choice)) for of in (arena.sram, arena.flash))
+                said += [f"SRAM on {target.name}: {sram}", f"flash: {flash}"]
+            if target.timed:
+                total = Seconds(costs.latency(target, threads).of(choice))
+                said.append(f"latency on {target.name}, {threads} thread(s): {total}")
+            console.print(f"      predicted {', '.join(said)}", highlight=False)
+
+
+def _precisions(target: Target) -> tuple[Precision, ...]:
+    return ("int8",) if target.microcontroller else PRECISIONS
