@@ -24,10 +24,10 @@ TILE = 8  # channels that XNNPACK's int8 and fp32 micro-kernels take at once, at
 class Base:
     """A model to compress, analysed: the task's own, the same without some blocks, or its student once distilled.
 
-    `backend` is what its plans are lowered by. The candidates' losses are calibrated by `trials`, for int8 in the `scheme` that loses less. `digest` covers the
-    weights and all inputs that a realised plan depends on; `fresh` takes nothing from the cache but what was `made` in
-    this build, `reused` says that the analysis was taken from there. `dropped`: the blocks that it is without, and
-    `lost`, the nats from the task's model to this one; `why` it is tried.
+    `backend` is what its plans are lowered by. The candidates' losses are calibrated by `trials`, for int8 in the
+    `scheme` that loses less. `digest` covers the weights and all inputs that a realised plan depends on; `fresh` takes
+    nothing from the cache but what was `made` in this build, `reused` says that the analysis was taken from there.
+    `dropped`: the blocks that it is without, and `lost`, the nats from the task's model to this one; `why` it is tried.
     """
 
     name: str  # as in a plan: model, shortened or student

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from functools import cache
 
-from edgebuild import cache as store
 from edgebuild import arena, footprint
+from edgebuild import cache as store
 from edgebuild.devices import DEVICES
 from edgebuild.footprint import ArtifactKind
 from edgebuild.plan import Choice

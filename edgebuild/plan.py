@@ -148,14 +148,8 @@ class Choice:
         alive: frozenset[Tensor] = frozenset()
         found = []
         for i, step in enumerate(self.steps):
-            before = step.reads[0] if step.reads else None
-            if (
-                in_place
-                and step.layer.op in IN_PLACE
-                and before in alive
-                and dies[before] == i
-                and size[before] == size[step.makes]
-            ):
+            before = step.reads[0] if in_place and step.layer.op in IN_PLACE and step.reads else None
+            if before in alive and dies[before] == i and size[before] == size[step.makes]:
                 alive -= {before}
             alive |= {parts.get(step.makes, step.makes)}
             found.append(alive)

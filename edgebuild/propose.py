@@ -248,7 +248,8 @@ def natural(kind: str, value: float) -> float:
 def frontier(planner: Planner, chosen: Proposal | None) -> tuple[FrontierPoint, ...]:
     """The least estimated loss at falling latencies on the gating target, and at falling sizes, other budgets as asked.
 
-    On a target that nothing times at falling SRAM, in place of latency. From the planner alone; around the chosen plan, whose own bound is among the points.
+    On a target that nothing times at falling SRAM, in place of latency. From the planner alone; around the chosen plan,
+    whose own bound is among the points.
     """
     found = []
     target = planner.targets[0]

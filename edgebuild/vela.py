@@ -1,8 +1,8 @@
 """Arm's Vela compiler, in a process of its own: NPU commands from a TOSA graph, and its estimate of what they cost.
 
 Vela (package ethos-u-vela, https://gitlab.arm.com/artificial-intelligence/ethos-u/ethos-u-vela) compiles for Ethos-U55,
--U65 and -U85. Its cycles come from a model of the NPU and its memories, not from hardware: wherever they are shown it is
-said that they are Vela's.
+-U65 and -U85. Its cycles come from a model of the NPU and its memories, not from hardware: wherever they are shown it
+is said that they are Vela's.
 """
 
 import csv

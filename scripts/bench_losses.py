@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from compression import cifar  # noqa: E402
 
 from edgebuild import realise, trials  # noqa: E402
-from edgebuild.backends import xnnpack  # noqa: E402
+from edgebuild.backends import HOST, xnnpack  # noqa: E402
 from edgebuild.base import Base, prepare  # noqa: E402
 from edgebuild.divergence import distance  # noqa: E402
 from edgebuild.errors import SpecError  # noqa: E402

@@ -68,7 +68,7 @@ def predictions(
     models: Annotated[list[str] | None, typer.Option("--model")] = None,
     to: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    """SRAM, flash and latency of int8 models with random weights: predicted, and planned or estimated by the backend."""
+    """SRAM, flash and latency of int8 models with random weights: predicted, and as the backend plans or estimates."""
     names = targets or [n for n in catalog.names("targets") if catalog.load_target(n).microcontroller]
     rows: list[Prediction] = []
     for name in names:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from edgebuild import catalog, costs, pipeline
 from edgebuild.attempt import Attempt, Original, carry_out, take_original
+from edgebuild.backends import HOST
 from edgebuild.base import Base, prepare
 from edgebuild.clock import Clock
 from edgebuild.lift import lift

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from edgebuild import catalog, costs, pipeline
+from edgebuild.backends import HOST
 from edgebuild.base import Base, prepare
 from edgebuild.devices import DEVICES, layer_model
 from edgebuild.lift import lift

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from edgebuild import analysis, cache
+from edgebuild.backends import HOST
 from edgebuild.base import Base, lifted_digest, prepare
 from edgebuild.lift import lift
 from edgebuild.load import Loaded

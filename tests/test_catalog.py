@@ -13,7 +13,8 @@ GOOD = 'name = "p"\ntitle = "t"\ntarget = "host"\nartifact = "pte"\n[budgets]\ns
 
 
 CORES = sorted(path.stem for path in (catalog.folder("targets") / "cores").glob("*.toml"))
-ARM = [name for name in catalog.names("targets") if name != "host"]
+ARM = [name for name in catalog.names("targets") if catalog.load_target(name).device == "arm"]
+MICROCONTROLLERS = [name for name in catalog.names("targets") if catalog.load_target(name).microcontroller]
 LINE = 64
 
 
@@ -29,6 +30,10 @@ def test_every_shipped_target_loads_and_says_where_its_figures_are_from(name):
         for shared in (target.memory, target.threads, *([target.l3] if target.l3 else [])):
             assert shared is not None and len(shared.source) > 10
         assert target.latency_error > 0 and target.latency_error_source
+    if target.microcontroller:
+        assert target.board and len(target.board.source) > 10 and target.board.sram < target.board.flash
+    if target.npu:
+        assert len(target.npu.source) > 10 and target.latency_error > 0 and target.latency_error_source
 
 
 @pytest.mark.parametrize("name", ARM)
@@ -186,6 +191,10 @@ def test_what_must_be_shipped_is():
         "pixel", "pixel-2", "pixel-3a", "pixel-4a", "pixel-7",
     }  # fmt: skip
     assert set(catalog.names("profiles")) >= {"mobile-cpu", "mobile-cpu-tight", "raspberry-pi-4", "edge-1mb"}
+    boards = {name: catalog.load_target(name) for name in MICROCONTROLLERS}
+    assert {target.board.cpu for target in boards.values()} >= {"cortex-m4", "cortex-m7"}
+    assert {target.npu.accelerator for target in boards.values() if target.npu} >= {"ethos-u55-128", "ethos-u85-256"}
+    assert {name.split("-")[0] for name in catalog.names("profiles")} >= {"kws", "ic", "vww"}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/profiles/*.toml")), ids=lambda path: path.stem)
@@ -221,6 +230,75 @@ def test_a_mistake_is_named_with_its_place_and_its_mend(tmp_path, change, messag
         catalog.load_profile(str(path))
     assert "p.toml" in str(caught.value) or "hots" in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+MICRO = GOOD.replace('"host"', '"stm32f746"')
+NPU_TARGET = (catalog.folder("targets") / "corstone-300-u55-128.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MICRO + 'sram = "321 KiB"\n', "budgets.sram: 'stm32f746' has 320 KiB, and 321 KiB is asked"),
+        (MICRO + 'flash = "2 MiB"\n', "budgets.flash: 'stm32f746' has 1 MiB, and 2 MiB is asked"),
+        (GOOD.replace("host", "pixel-7") + 'sram = "1 MiB"\n', "'pixel-7' is no microcontroller .*peak_memory"),
+        (GOOD + 'flash = "1 MiB"\n', "'host' is no microcontroller .*size"),
+        (MICRO + 'latency = "10 ms"\n', "budgets.latency: 'stm32f746' cannot be timed here.*bound sram and flash"),
+        (MICRO + 'throughput = "10 /s"\n', "budgets.throughput: 'stm32f746' cannot be timed here"),
+        (
+            GOOD.replace("host", "corstone-300-u55-128") + 'latency_p95 = "10 ms"\n',
+            "'corstone-300-u55-128' has no spread of latencies",
+        ),
+        (
+            MICRO.replace("[budgets]", 'also_on = ["nrf52840"]\n[budgets]'),
+            "'stm32f746' and 'nrf52840' need different artifacts .*write a profile for each",
+        ),
+        (
+            GOOD.replace("[budgets]", 'also_on = ["corstone-300-u55-128"]\n[budgets]'),
+            "'host' and 'corstone-300-u55-128' need different artifacts",
+        ),
+        (
+            MICRO.replace("[budgets]", "threads = 2\n[budgets]"),
+            "'stm32f746' computes int8 on one core .*leave out threads",
+        ),
+        (MICRO.replace("[budgets]", 'techniques = ["prune"]\n[budgets]'), 'keep "quantize" in techniques'),
+        (MICRO.replace("pte", "torchscript"), "TorchScript artifact cannot be run on target 'stm32f746'"),
+    ],
+    ids=lambda value: value if value.startswith("budgets.") else "",
+)
+def test_what_a_microcontroller_cannot_be_held_to_is_named(tmp_path, text, message):
+    path = tmp_path / "p.toml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=message) as caught:
+        catalog.load_profile(str(path))
+    assert "p.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[board]", "[bord]", r"unknown key 'bord' \(perhaps you meant 'board'\)"),
+        ("[npu]", "[[npu]]", "npu"),
+        (NPU_TARGET[NPU_TARGET.index("[board]") :], "", r"device = 'ethos_u' needs table \[board\]"),
+        (
+            NPU_TARGET[NPU_TARGET.index("[npu]") : NPU_TARGET.index("[board]")],
+            "",
+            r"device = 'ethos_u' needs table \[npu\]",
+        ),
+        ('device = "ethos_u"', 'device = "cortex_m"', r"device = 'cortex_m' has no table \[npu\]"),
+        ('device = "ethos_u"', 'device = "host"', r"device = 'host' has no table \[board\]"),
+        ('cpu = "cortex-m55"', 'cpu = "cortex-a55"', "board.cpu = 'cortex-a55' is no Cortex-M .*\"cortex-m4\""),
+        ('sram = "2 MiB"', "sram = 2097152", "a bare number, 2097152, has no unit"),
+    ],
+    ids=["table", "array", "no board", "no npu", "npu of a core", "board of a host", "core", "unit"],
+)
+def test_a_mistake_in_a_microcontrollers_target_is_named(tmp_path, old, new, message):
+    path = tmp_path / "t.toml"
+    assert old in NPU_TARGET
+    path.write_text(NPU_TARGET.replace(old, new, 1))
+    with pytest.raises(SpecError, match=message) as caught:
+        catalog.load_target(str(path))
+    assert "t.toml" in str(caught.value)
 
 
 def test_torchscript_cannot_be_asked_of_a_phone(tmp_path):

@@ -26,7 +26,7 @@ def lowered(image, images):
 
     @functools.cache
     def made(model, precision="fp32", keep=(), kind="pte"):
-        backend = BACKENDS[kind]
+        backend = BACKENDS["xnnpack" if kind == "pte" else kind]
         if precision == "int8":
             model = quantize.apply(model, image, images[:1], backend.quantizer(keep)).model
         return backend.lower(model, image).data

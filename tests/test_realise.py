@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from edgebuild.analyse import analyse
+from edgebuild.backends import HOST
 from edgebuild.base import Base, lifted_digest
 from edgebuild.clock import Clock
 from edgebuild.lift import lift
@@ -28,7 +29,7 @@ def test_a_factorized_layer_that_is_kept_in_fp32_keeps_its_factors_so(empty_cach
     samples = tuple((x,) for x in torch.randn(8, 3, 8, 8).split(1))
     inputs = samples[0]
     model = lift(nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, 96), nn.ReLU(), nn.Linear(96, 64)), inputs)
-    base = Base("model", model, analyse(model, inputs), Sensitivity({}, {}, {}, {}), (), lifted_digest(model))
+    base = Base("model", model, analyse(model, inputs), Sensitivity({}, {}, {}, {}), (), lifted_digest(model), HOST)
     loaded = Loaded("small", Task(model, inputs, list(samples)), samples, "")
     forms = (
         *(Form("0", "spatial", (4,)), Form("2", "tucker2", (8, 8)), Form("4", "svd", (8,))),

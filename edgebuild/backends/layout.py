@@ -12,7 +12,7 @@ def channels_last(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _innermost(x: Tensor) -> Tensor:
-    """As torch.channels_last, with strides that say so for a single channel as well: there PyTorch takes any for both."""
+    """As torch.channels_last, with strides that say so for a single channel too, where PyTorch takes any for both."""
     _, channels, height, width = x.shape
     strides = (height * width * channels, 1, width * channels, channels)
     return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)

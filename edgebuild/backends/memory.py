@@ -1,8 +1,8 @@
 """Where a program's buffers lie: ExecuTorch's own planner, or a better fit where there is one.
 
 ExecuTorch lets buffers share places by whole objects. Here each is put at the lowest place that is free for as long as
-it lives, the largest first (Pisarchyk and Lee 2020, arXiv:2001.03288, "greedy by size"), and then the order is changed at
-random, by the same seed, as long as that takes no more. The smaller result is taken.
+it lives, the largest first (Pisarchyk and Lee 2020, arXiv:2001.03288, "greedy by size"), and then the order is changed
+at random, by the same seed, as long as that takes no more. The smaller result is taken.
 """
 
 import random

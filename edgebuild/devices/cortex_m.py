@@ -60,9 +60,8 @@ def scratch_bytes(layer: LayerFacts, target: Target) -> int:
     assert target.board is not None  # as the catalog sees to
     backend = CortexMTargetConfig.from_target_string(target.board.cpu).backend
     if layer.op == "adaptive_avg_pool2d":
-        return int(
-            cmsis_nn.avgpool_buffer_size(backend, cmsis_nn.DataType.A8W8, dim_dst_width=1, ch_src=layer.in_channels)
-        )
+        size = cmsis_nn.avgpool_buffer_size(backend, cmsis_nn.DataType.A8W8, dim_dst_width=1, ch_src=layer.in_channels)
+        return int(size)
     if layer.op != "conv2d":
         return 0
     height, width = layer.in_shape[2:]

@@ -20,7 +20,7 @@ from edgebuild.errors import BackendError, DeviceError, SpecError
 from edgebuild.spec import Bound, CalibrationError, LayerFacts, Measurement, Npu, OperatorTime, Precision, Target
 from edgebuild.units import Bytes
 
-# Outputs (height x width, channels) and input channels that the MACs take in a cycle; Vela's `architecture_features.py`.
+# Outputs (height x width, channels), input channels that the MACs take in a cycle; Vela's `architecture_features.py`.
 _AT_ONCE = {32: (1, 4, 8), 64: (1, 8, 8), 128: (2, 8, 8), 256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 16, 8)}
 _LARGEST = (16, 16, 8)
 # What Vela says beside them: cycles to start an operator, and, on 128 MACs, for an output; by the NPU's generation.

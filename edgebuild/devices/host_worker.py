@@ -162,9 +162,8 @@ def _model(artifact: str, threads: int, kind: str) -> Any:
         import torch
 
         torch.set_num_threads(1)
-        beside = os.path.join(
-            os.path.dirname(os.path.abspath(__file__)), "reference.py"
-        )  # the package is not on the path
+        # by its path: the package is not on sys.path
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reference.py")
         return runpy.run_path(beside)["Reference"](artifact)
     return _Pte(artifact, threads) if artifact.endswith("pte") else _TorchScript(artifact, threads)
 

@@ -158,22 +158,22 @@ class _Run:
         # `.out` is there in ATen alone; of the others the functional form computes the same
         kernel = getattr(packet, overload) if space == "aten" else packet.default
         schema = [argument for argument in kernel._schema.arguments if not argument.is_out]
-        given = {
+        taken = {
             argument.name: self.value(index, str(argument.type))
             for argument, index in zip(schema, args[: len(schema)], strict=True)
         }
-        positional = [given.pop(argument.name) for argument in schema if not argument.kwarg_only]
+        positional = [taken.pop(argument.name) for argument in schema if not argument.kwarg_only]
         rest = [self.tensor(index) for index in dict.fromkeys(args[len(schema) :])]
         if space == "aten":
             outs = [argument.name for argument in kernel._schema.arguments if argument.is_out]
             fresh = [torch.empty_like(out) for out in rest[: len(outs)]]  # ATen may read what it has written over
-            kernel(*positional, **given, **dict(zip(outs, fresh, strict=True)))
+            kernel(*positional, **taken, **dict(zip(outs, fresh, strict=True)))
             results: Sequence[Tensor] = fresh
         else:
-            result = kernel(*positional, **given)
+            result = kernel(*positional, **taken)
             results = result if isinstance(result, (tuple, list)) else (result,)
-        for out, found in zip(rest[-len(results) :], results, strict=True):
-            out.copy_(found.reshape(out.shape))
+        for made, found in zip(rest[-len(results) :], results, strict=True):
+            made.copy_(found.reshape(made.shape))
 
     def delegate(self, index: int, args: list[int]) -> None:
         graph = self.reference.graphs[index]

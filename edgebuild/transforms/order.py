@@ -75,9 +75,7 @@ class _Graph:
 
     def __init__(self, layers: Sequence[LayerFacts]):
         index = {layer.name: i for i, layer in enumerate(layers)}
-        self.needs = [
-            sum(1 << index[source] for source in {*layer.sources} - {MODEL_INPUT}) for layer in layers
-        ]
+        self.needs = [sum(1 << index[source] for source in {*layer.sources} - {MODEL_INPUT}) for layer in layers]
         self.sizes = [layer.out_elements for layer in layers]
         self.readers = [sum(1 << j for j, needs in enumerate(self.needs) if needs >> i & 1) for i in range(len(layers))]
         reads_input = [i for i, layer in enumerate(layers) if MODEL_INPUT in layer.sources]

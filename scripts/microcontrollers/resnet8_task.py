@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from compression import cifar  # noqa: E402
+
 from edgebuild.task import Task  # noqa: E402
 from microcontrollers.models import resnet8  # noqa: E402
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from compression import cifar
 from safetensors.torch import save_file
 
-from compression import cifar
 from microcontrollers.models import resnet8
 
 EPOCHS, RATE, SEED = 12, 0.2, 0
@@ -22,22 +22,20 @@ def main(images: str, weights: str) -> None:
     steps = EPOCHS * -(-len(data.train) // cifar.BATCH)
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
-    began, step = time.monotonic(), 0
-    for x, y in cifar.augmented(data, SEED, EPOCHS):
+    began = time.monotonic()
+    for step, (x, y) in enumerate(cifar.augmented(data, SEED, EPOCHS), 1):
         loss = F.cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-        step += 1
         if step % (steps // EPOCHS) == 0:
             model.eval()
             with torch.no_grad():
                 score = cifar.accuracy(model, data)
             model.train()
-            print(
-                f"{step}/{steps} loss {loss.item():.3f} test {score:.4f} {time.monotonic() - began:.0f} s", flush=True
-            )
+            seconds = time.monotonic() - began
+            print(f"{step}/{steps} loss {loss.item():.3f} test {score:.4f} {seconds:.0f} s", flush=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
 
 

@@ -67,7 +67,9 @@ def graphs(draw: st.DrawFn) -> list[LayerFacts]:
         known = [MODEL_INPUT, *(layer.name for layer in layers)]
         sources = tuple(draw(st.sets(st.sampled_from(known), min_size=1, max_size=2)))
         size = draw(st.integers(1, 50))
-        layers.append(LayerFacts(f"l{i}", "add", 1, 1, in_elements=10, out_elements=size, sources=tuple(sorted(sources))))
+        layers.append(
+            LayerFacts(f"l{i}", "add", 1, 1, in_elements=10, out_elements=size, sources=tuple(sorted(sources)))
+        )
     return layers
 
 
