@@ -164,9 +164,7 @@ def _prepared(request: Request, clock: Clock) -> tuple[Loaded, Profile, tuple[Ta
 
 def _reordered(ordered: order.Ordered) -> Iterator[Finding]:
     if ordered.after < ordered.before:
-        what = (
-            f"operators run in another order: {ordered.after:,} activations are alive at once, not {ordered.before:,}"
-        )
+        what = f"operators run in another order: {ordered.after:,} activations alive at once, not {ordered.before:,}"
         yield Finding("note", "schedule", what)
 
 

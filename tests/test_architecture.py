@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "realise": MODEL
     | {"base", "built", "divergence"}
     | {"environment", "clock", "training", "load", "cache", "transforms", "backends", "judge", "verify"},
-    "inspection": MODEL | {"load", "analyse", "devices", "plan", "costs"},
+    "inspection": MODEL | {"load", "analyse", "devices", "plan", "arena", "costs"},
     "report": BASE,
     "archive": {"errors"},
     "bundle": BASE | {"manifest", "archive", "report"},

@@ -299,7 +299,7 @@ def test_control_c_leaves_nothing_half_written(tmp_path):
 
 
 def test_build_twice_then_no_op_then_touch(tmp_path, here):
-    """The same bytes and plan from scratch, in this process and in a new one with another hash seed; then nothing to do;
+    """The same bytes and plan from scratch, here and in a new process with another hash seed; then nothing to do;
     then an input changes.
 
     In a folder whose name is no text, and no name for a file that other systems take.
