@@ -163,7 +163,12 @@ class _Run:
             for argument, index in zip(schema, args[: len(schema)], strict=True)
         }
         positional = [taken.pop(argument.name) for argument in schema if not argument.kwarg_only]
-        rest = [self.tensor(index) for index in dict.fromkeys(args[len(schema) :])]
+        own = [
+            index
+            for index in dict.fromkeys(args[len(schema) :])
+            if type(self.reference.values[index]).__name__ == "Tensor"
+        ]
+        rest = [self.tensor(index) for index in own]  # several outputs come as a list too
         if space == "aten":
             outs = [argument.name for argument in kernel._schema.arguments if argument.is_out]
             fresh = [torch.empty_like(out) for out in rest[: len(outs)]]  # ATen may read what it has written over
