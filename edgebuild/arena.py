@@ -9,6 +9,7 @@ from functools import cache
 from math import ceil
 
 from edgebuild.devices import cortex_m
+from edgebuild.devices.ethos_u import SCALES
 from edgebuild.plan import Choice, tensor_bytes
 from edgebuild.space import Phase, Planned, Resource
 from edgebuild.spec import LayerFacts, ModelFacts, Precision, Target
@@ -16,7 +17,6 @@ from edgebuild.spec import LayerFacts, ModelFacts, Precision, Target
 # Of a `.pte`, as lowered programs have it: the empty one, and what is said of an operator with and without weights.
 _SAID = {"cortex_m": (1_800, 440, 560), "ethos_u": (2_000, 340, 150)}
 _SEGMENT = 16  # constants begin at multiples of it
-SCALES = 10  # bytes of bias and scale that Vela writes for an output channel
 _BRICK = 16  # channels that the NPU's own layout of a feature map (NHCWB16) is made of
 _FETCHED = 1.15  # bytes of SRAM for one of weights and scales that are fetched ahead, as they are padded
 _U85_DEPTH = 64  # an Ethos-U85 reads the weights of an output in so many, the last filled up

@@ -27,7 +27,7 @@ _LARGEST = (16, 16, 8)
 _BESIDE = {"55": (1_100, 1.0), "65": (1_100, 1.0), "85": (420, 0.5)}
 _READ = 0.7  # and for an element that is read by an operator without weights
 _BUSY = 1.1  # cycles of the MACs for one that they would take without a gap
-_SCALES = 10  # bytes of bias and scale of an output channel
+SCALES = 10  # bytes of bias and scale that Vela writes for an output channel
 
 
 def check(target: Target) -> None:
@@ -144,7 +144,7 @@ def layer_latency(layer: LayerFacts, precision: Precision, target: Target, threa
     channels = 1 if layer.depthwise else ceil(layer.in_channels / layer.groups / into)
     kernel = layer.weights // layer.out_channels // (layer.in_channels // layer.groups)
     computes = ceil(layer.positions / pixels) * ceil(layer.out_channels / out) * channels * kernel
-    reads = (layer.weights + _SCALES * layer.out_channels) / bytes_per_cycle(target)
+    reads = (layer.weights + SCALES * layer.out_channels) / bytes_per_cycle(target)
     return (start + max(_BUSY * computes, output * share * layer.out_elements, reads)) / clock(target)
 
 
