@@ -11,7 +11,7 @@ from msgspec.structs import replace as replaced
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgebuild import __version__, bundle, cache, integration, settings
+from edgebuild import __version__, bundle, cache, integration, selective, settings
 from edgebuild.attempt import HOST, Attempt
 from edgebuild.backends import pte
 from edgebuild.backends.xnnpack import memory_orders
@@ -117,6 +117,14 @@ def describe(made: Report, loaded: Loaded, profile: Profile, sampled: Sampled, f
     runtime: Literal["executorch", "torchscript"] = "executorch" if profile.artifact == "pte" else "torchscript"
     operators, backends = pte.requirements(program) if runtime == "executorch" else ((), ())
     takes, gives = memory_orders(program) if runtime == "executorch" else _plain(loaded)
+    needs = Runtime(
+        name=runtime,
+        version=versions()["executorch" if runtime == "executorch" else "torch"],
+        operators=operators,
+        backends=backends,
+    )
+    if runtime == "executorch" and not needs.microcontroller:
+        needs = replaced(needs, footprint=selective.footprints(operators, backends))
     assert made.outcome != "infeasible"
     return Contents(
         edgebuild=__version__,
@@ -124,12 +132,7 @@ def describe(made: Report, loaded: Loaded, profile: Profile, sampled: Sampled, f
         artifact=Artifact(file=made.artifact, format=profile.artifact, sha256=made.artifact_sha256),
         inputs=tuple(replaced(port, dim_order=order) for port, order in zip(loaded.inputs, takes, strict=True)),
         outputs=_outputs(loaded.outputs, sampled, gives),
-        runtime=Runtime(
-            name=runtime,
-            version=versions()["executorch" if runtime == "executorch" else "torch"],
-            operators=operators,
-            backends=backends,
-        ),
+        runtime=needs,
         profile=Built(
             name=profile.name,
             targets=profile.targets,

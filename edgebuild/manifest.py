@@ -83,13 +83,37 @@ class Output(_Strict, frozen=True, kw_only=True):
     atol: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
+class Part(_Strict, frozen=True, kw_only=True):
+    """A part of the runtime. `counted`: "whole", code and data of a library; "reached", code that its kernels use."""
+
+    name: str
+    bytes: Size
+    counted: Literal["whole", "reached"]
+
+
+class Footprint(_Strict, frozen=True, kw_only=True):
+    """What a Linux device of a `machine`, as `uname -m` names it, keeps of the runtime in a selective build.
+
+    `missing` names the operators and backends that the libraries have no code for, or says why nothing was counted.
+    """
+
+    machine: str
+    parts: tuple[Part, ...]
+    missing: str = ""
+
+
 class Runtime(_Strict, frozen=True, kw_only=True):
-    """What the device needs: `operators` and `backends` are what ExecuTorch's selective build is told to link."""
+    """What the device needs: `operators` and `backends` are what ExecuTorch's selective build is told to link.
+
+    `footprint`: what that takes, for each machine that it could be counted for; empty for microcontrollers and
+    TorchScript.
+    """
 
     name: Literal["executorch", "torchscript"]
     version: str
     operators: tuple[str, ...]
     backends: tuple[str, ...]
+    footprint: tuple[Footprint, ...] = ()
 
     @property
     def microcontroller(self) -> bool:

@@ -25,6 +25,7 @@ KINDS = {
     "trained": "weights of trained models",
     "training": "trainings under way",
     "teacher": "outputs of original models",
+    "linked": "what programs link of the runtime",
     "builds": "what builds depended on",
     "arm": "the Arm toolchain, and simulated times",
     "host": "what layers cost on this machine",

@@ -60,6 +60,14 @@ def sdk() -> Path:
     return cache.folder(ARM, _sdk_name(), _fetch_sdk)
 
 
+def kept_sdk() -> Path | None:
+    """The folder of `sdk`, where it was fetched before."""
+    try:
+        return cache.find(ARM, _sdk_name())
+    except MissingEnvironment:
+        return None
+
+
 def runner() -> Path:
     """The Arm program that runs a `.pte` (`native/runner.cpp`), built on first use. Raises MissingEnvironment."""
     headers_and_libraries, cxx = sdk(), compiler()
