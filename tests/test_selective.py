@@ -92,6 +92,22 @@ def test_a_disassembler_finds_the_same_code(monkeypatch: pytest.MonkeyPatch) -> 
     assert found == {name: pytest.approx(library.reach([root]), rel=0.05) for name, root in kernels.items()}
 
 
+def test_arm_is_counted_once_its_wheel_is_here() -> None:
+    sdk = toolchain.kept_sdk()
+    if sdk is None or platform.machine() == "aarch64":
+        pytest.skip("the Arm wheel was not fetched, or is this machine's own")
+    here, arm = selective.footprints(*needs(Further()))
+    assert arm.machine == "aarch64" and arm.missing == ""
+    sizes = [{part.name: part.bytes for part in each.parts} for each in (here, arm)]
+    # The same sources: the code of a part differs by what compilers and vector extensions make of it.
+    assert all(0.25 < sizes[1][name] / size < 2 for name, size in sizes[0].items())
+    arms, ours = (
+        elf.Library(folder / "lib/libexecutorch_kernels_optimized.so") for folder in (sdk, toolchain.native_sdk())
+    )
+    assert arms.kernels().keys() == ours.kernels().keys()
+    assert 0.75 * arms.sections[".text"].size < arms.reach(arms.kernels().values()) < arms.sections[".text"].size
+
+
 def test_what_the_libraries_have_no_code_for_is_named() -> None:
     found = selective.footprints(("aten::add.out", "my::own.out"), ("MyBackend", "XnnpackBackend"))[0]
     assert found.missing == "MyBackend, my::own.out"
