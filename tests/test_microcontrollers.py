@@ -23,7 +23,8 @@ def task() -> Task:
         nn.Conv2d(16, 48, 3, stride=2, padding=1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10),
     )
-    return Task(model=model.eval(), example_inputs=(torch.randn(1, 1, 16, 16),), calibration=[torch.randn(16, 1, 16, 16)])
+    x = torch.randn(16, 1, 16, 16)
+    return Task(model=model.eval(), example_inputs=(x[:1],), calibration=[x])
 """
 SRAM = 9 * 1024
 PROFILE = """

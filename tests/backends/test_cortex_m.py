@@ -5,9 +5,8 @@ import pytest
 from executorch.exir._serialize._program import deserialize_pte_binary
 
 
-@pytest.mark.parametrize("model", ["ds_cnn 32 channels", "lenet"])
-def test_images_of_one_channel_are_computed_in_int8_everywhere(model):
-    found = boards.lowered(model, boards.M4)
+def test_images_of_one_channel_are_computed_in_int8_everywhere():
+    found = boards.lowered("ds_cnn 32 channels", boards.M7)
     assert found.samples[0][0].shape[1] == 1
     assert found.artifact.fallen_back == () and found.artifact.share_delegated == 1.0
     plan = deserialize_pte_binary(found.artifact.data).program.execution_plan[0]
@@ -16,7 +15,7 @@ def test_images_of_one_channel_are_computed_in_int8_everywhere(model):
 
 @pytest.mark.parametrize("model", ["ds_cnn 32 channels", "lenet", "resnet8"])
 def test_every_constant_is_read(model):
-    found = boards.lowered(model, boards.M4)
+    found = boards.lowered(model, boards.M7)
     program = deserialize_pte_binary(found.artifact.data).program
     plan = program.execution_plan[0]
     read = set(plan.outputs)
@@ -35,7 +34,7 @@ def test_every_constant_is_read(model):
 def test_weights_and_inputs_of_the_callers_model_stay_as_they_are():
     from edgebuild.backends import layout
 
-    found = boards.lowered("lenet", boards.M4)
+    found = boards.lowered("lenet", boards.M7)
     before = [tensor.stride() for tensor in found.graph.parameters()]
     made = layout.of_weights(found.graph)
     assert [tensor.stride() for tensor in found.graph.parameters()] == before
