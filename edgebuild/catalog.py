@@ -73,8 +73,10 @@ def load_target(name: str) -> Target:
     if not costs_of:
         return target
     base, further = _target(find("targets", beside(path, costs_of)))
-    if further or base.device == "ssh":
-        raise SpecError(f"{name}: costs_of = {costs_of!r} is an ssh target too", "name a simulated target or the host")
+    if further or base.device == "ssh" or base.microcontroller:
+        raise SpecError(
+            f"{name}: costs_of = {costs_of!r} predicts nothing over ssh", "name a simulated Arm or the host"
+        )
     return replace(target, costs_of=base)
 
 

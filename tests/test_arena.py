@@ -3,6 +3,7 @@
 import boards
 import pytest
 from executorch.exir._serialize._program import deserialize_pte_binary
+from executorch.exir.scalar_type import ScalarType
 
 from edgebuild import arena, costs
 from edgebuild.plan import Choice
@@ -54,9 +55,9 @@ def allocated(found: boards.Lowered) -> list[int]:
     made = set(plan.inputs)
     for instruction in plan.chains[0].instructions:
         args = instruction.instr_args.args
-        for i in args[:-1]:
-            planned = getattr(values[i], "allocation_info", None) is not None
-            if planned and i not in made:
+        for i in dict.fromkeys(args[:-2]):  # the last two are the output, which the operator is given and gives back
+            scratch = getattr(values[i], "scalar_type", None) == ScalarType.BYTE and values[i].allocation_info
+            if scratch and i not in made and values[i].sizes[0]:
                 sizes.append(values[i].sizes[0])
         made |= {args[-1]}
     return sizes

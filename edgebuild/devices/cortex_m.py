@@ -78,8 +78,9 @@ def scratch_bytes(layer: LayerFacts, target: Target) -> int:
         "stride_hw": list(layer.stride),
         "dilation_hw": [1, 1],
     }
-    if layer.depthwise:
-        sizes = cmsis_nn.depthwise_conv_wrapper_buffer_size(backend, cmsis_nn.DataType.A8W8, ch_mult=1, **shapes)
+    if layer.in_channels == layer.groups:  # a single channel counts as depthwise
+        each = layer.out_channels // layer.in_channels
+        sizes = cmsis_nn.depthwise_conv_wrapper_buffer_size(backend, cmsis_nn.DataType.A8W8, ch_mult=each, **shapes)
     else:
         sizes = cmsis_nn.convolve_wrapper_buffer_size(backend, cmsis_nn.DataType.A8W8, **shapes)
     return int(sizes)
