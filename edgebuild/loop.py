@@ -133,6 +133,10 @@ def _improve_base(
             what = f"the profile's time, {profile.time}, was over after round {len(trail.rounds)}"
             trail.findings.append(Finding("limit", "time", what))
             return planner, False
+        if attempt and attempt.failed and all(verdict.kind == "min_delegated" for verdict in attempt.failed):
+            what = "no width, rank or training changes which operators the backend takes"
+            trail.findings.append(Finding("limit", "delegation", what))
+            return planner, False
         if attempt and not attempt.draft and _only_accuracy_broke(attempt):
             built = attempt.built
             rounded = with_rounding(proposed, profile, built.steps, built.unrounded, built.loss)
