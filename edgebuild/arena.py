@@ -5,7 +5,6 @@ the worst step. In front of an Ethos-U it plans the model's inputs and outputs a
 weights that it fetches ahead of an operator, are Vela's to place.
 """
 
-from functools import cache
 from math import ceil
 
 from edgebuild.devices import cortex_m
@@ -57,7 +56,6 @@ def _bricks(layer: LayerFacts, precision: Precision) -> int:
     return layer.out_elements // layer.out_channels * _padded(layer.out_channels, _BRICK)
 
 
-@cache
 def scratch(layer: LayerFacts, target: Target) -> int:
     """Bytes that the operator of a layer takes while it runs."""
     return cortex_m.scratch_bytes(layer, target)

@@ -57,3 +57,8 @@ class MissingEnvironment(EdgebuildError):
     """Something the job needs is not installed."""
 
     exit_code = 4
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, at its shortest: the first line that says anything, else the error's kind."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

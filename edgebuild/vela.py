@@ -42,7 +42,7 @@ class OperatorCycles:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What Vela says of a graph: cycles of the NPU at `clock` Hz, bytes of SRAM and of constants, by operator too.
+    """What Vela says of a graph: cycles of the NPU at `clock` Hz, bytes of SRAM, by operator too.
 
     `commands` and `weights` are what it made, so that a program can be told to hold the same.
     """
@@ -50,7 +50,6 @@ class Estimate:
     cycles: int
     clock: float
     sram: int
-    constants: int
     operators: tuple[OperatorCycles, ...]
     commands: bytes
     weights: bytes
@@ -146,12 +145,10 @@ def estimate(graph: bytes, npu: Npu) -> Estimate:
         operators = tuple(map(_operator, _rows(Path(folder) / "graph_per-layer.csv")))
         with np.load(Path(folder) / "graph_vela.npz", allow_pickle=False) as made:
             commands, weights = made["cmd_data"].tobytes(), made["weight_data"].tobytes()
-    kept = [f"{place}_memory_used" for place in ("dram", "on_chip_flash", "off_chip_flash")]
     return Estimate(
         cycles=round(float(summary["cycles_total"])),
         clock=float(summary["core_clock"]),
         sram=round(1024 * float(summary["sram_memory_used"])),  # Vela writes KiB
-        constants=round(1024 * sum(float(summary[column]) for column in kept)),
         operators=operators,
         commands=commands,
         weights=weights,

@@ -7,7 +7,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from edgebuild.backends import ethos_u, layout, memory, xnnpack
-from edgebuild.errors import BackendError
+from edgebuild.errors import BackendError, first_line
 from edgebuild.lift import export
 from edgebuild.spec import Artifact, Board, Scheme
 
@@ -43,8 +43,7 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...], board: Board) -> Artifac
             edge._edge_programs["forward"] = program
             lowered = edge.to_executorch(memory.config())
     except Exception as error:  # the lowering raises whatever it likes
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BackendError(f"ExecuTorch cannot lower the model for a {board.cpu}: {reason[:300]}") from error
+        raise BackendError(f"ExecuTorch cannot lower the model for a {board.cpu}: {first_line(error)}") from error
     method = lowered.executorch_program.execution_plan[0]
     nodes = [node for node in program.graph_module.graph.nodes if _computes(node)]
     outside = [node for node in nodes if "cortex_m" not in str(node.target)]

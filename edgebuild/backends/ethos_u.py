@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from edgebuild import vela
 from edgebuild.backends import layout, memory, xnnpack
-from edgebuild.errors import BackendError
+from edgebuild.errors import BackendError, first_line
 from edgebuild.lift import export
 from edgebuild.spec import Artifact, Npu, Scheme
 
@@ -75,8 +75,7 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...], npu: Npu) -> Artifact:
     except BackendError:
         raise
     except Exception as error:  # the lowering raises whatever it likes
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BackendError(f"ExecuTorch cannot lower the model for {npu.accelerator}: {reason[:300]}") from error
+        raise BackendError(f"ExecuTorch cannot lower the model for {npu.accelerator}: {first_line(error)}") from error
     program = edge.exported_program().graph_module
     method = lowered.executorch_program.execution_plan[0]
     return Artifact(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgebuild.errors import BackendError
+from edgebuild.errors import BackendError, first_line
 from edgebuild.spec import Artifact, Scheme
 
 NAME = "torchscript"
@@ -38,8 +38,7 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
             traced = torch.jit.freeze(torch.jit.trace(model.eval(), inputs, check_trace=False))
             torch.jit.save(traced, buffer)
     except Exception as error:  # the tracer raises whatever it likes
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BackendError(f"TorchScript cannot take the model: {reason[:300]}") from error
+        raise BackendError(f"TorchScript cannot take the model: {first_line(error)}") from error
     operators = [
         node.kind() for node in traced.inlined_graph.nodes() if node.kind().startswith(("aten::", "quantized::"))
     ]

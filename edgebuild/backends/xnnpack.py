@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgebuild.errors import BackendError
+from edgebuild.errors import BackendError, first_line
 from edgebuild.lift import export
 from edgebuild.spec import GROUP, Artifact, Scheme
 
@@ -80,8 +80,7 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
     except BackendError:
         raise
     except Exception as error:  # the lowering raises whatever it likes
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BackendError(f"XNNPACK cannot lower the model: {reason[:300]}") from error
+        raise BackendError(f"XNNPACK cannot lower the model: {first_line(error)}") from error
     method = lowered.executorch_program.execution_plan[0]
     return Artifact(
         "pte", lowered.buffer, NAME, delegated, len(outside), fallen_back, sum(method.non_const_buffer_sizes)
