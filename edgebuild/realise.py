@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from math import inf
 from typing import Any, Literal, cast
 
 import torch
@@ -33,7 +34,7 @@ def realise(
     base: Base, plan: Plan, loaded: Loaded, profile: Profile, teacher: fx.GraphModule, progress: Progress
 ) -> Built:
     """Build a plan's artifact, or take it from the cache. Raises TransformError, BackendError or TaskError."""
-    name = cache.key(base.digest, _settings(plan, profile, base.backend))
+    name = cache.key(base.digest, _settings(plan, profile, base.backend), repr(_sram(base.backend, profile)))
     with cache.locked("built", name):
         kept = None if base.fresh else built.read(name)
         if kept is None:
@@ -65,7 +66,7 @@ def _realised(
         loss = distance(base.model, lowered, samples, logits)
         if not plan.distil and not plan.qat_steps:
             losses["quantize"] = loss - sum(losses.values())
-    artifact = base.backend.lower(lowered, inputs)
+    artifact = base.backend.lower(lowered, inputs, _sram(base.backend, profile))
     expected = tuple(eager(lowered, samples))
     return Built(artifact, expected, training, steps, False, loss, unrounded, losses, quantization, lowered)
 
@@ -221,6 +222,12 @@ def training_batches(loaded: Loaded) -> Callable[[], Any]:
 def calibration_batches(loaded: Loaded, size: int = 32) -> list[tuple[Tensor, ...]]:
     """The calibration samples as batches, for training without training data."""
     return list(stacked(loaded.samples, size))
+
+
+def _sram(backend: Backend, profile: Profile) -> float:
+    """The bytes of SRAM that a profile allows, where the lowering can do something about them."""
+    allowed = [budget.bound for budget in profile.budgets if budget.kind in ("sram", "peak_memory")]
+    return min(allowed, default=inf) if backend.npu else inf
 
 
 def _settings(plan: Plan, profile: Profile, backend: Backend | None) -> str:

@@ -6,6 +6,7 @@ is said that they are Vela's.
 """
 
 import csv
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from edgebuild.spec import Npu
 
 CONFIG = "Arm/vela.ini"  # that Vela ships
 TIMEOUT = 600.0  # seconds
+_ARENA = "--arena-cache-size="
 INSTALL = "pip install 'edgebuild[ethos-u]'"
 # Columns of Vela's table of operators: cycles that the NPU computes, and that each memory takes.
 _CYCLES = {"NPU": "issue", "SRAM AC": "cache", "DRAM AC": "memory", "OnFlash AC": "memory", "OffFlash AC": "memory"}
@@ -123,9 +125,20 @@ def run(arguments: Sequence[str]) -> None:
         raise BackendError(f"Vela {how}: {said[:300]}")
 
 
+def held_to(arena: int) -> str:
+    """The flag that holds Vela to so many bytes of SRAM: it gives up speed for them, and takes more where it must."""
+    return f"{_ARENA}{arena}"
+
+
+def arena_of(flags: str) -> int | None:
+    """The bytes that `held_to` wrote among flags of Vela; None where they hold it to nothing."""
+    found = re.search(rf"{_ARENA}(\d{{1,10}})\b", flags, re.ASCII)
+    return int(found[1]) if found else None
+
+
 @cache
-def estimate(graph: bytes, npu: Npu) -> Estimate:
-    """Compile a TOSA graph (a flatbuffer) for an NPU. Raises BackendError as `run` does."""
+def estimate(graph: bytes, npu: Npu, arena: int | None = None) -> Estimate:
+    """Compile a TOSA graph (a flatbuffer) for an NPU, held to `arena` bytes. Raises BackendError as `run` does."""
     with tempfile.TemporaryDirectory(prefix="edgebuild-") as folder:
         path = Path(folder) / "graph.tosa"
         path.write_bytes(graph)
@@ -136,6 +149,7 @@ def estimate(graph: bytes, npu: Npu) -> Estimate:
                 f"--config={CONFIG}",
                 f"--system-config={npu.system_config}",
                 f"--memory-mode={npu.memory_mode}",
+                *([held_to(arena)] if arena is not None else []),
                 "--output-format=raw",
                 "--verbose-performance",
                 f"--output-dir={folder}",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,9 +44,13 @@ class Backend:
         """What `transforms.quantize` is to quantize with. Raises BackendError for what the backend cannot compute."""
         return BACKENDS[self.name].quantizer(keep_fp32, scheme, *self._told)
 
-    def lower(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
-        """The artifact. Raises BackendError with the lowering's reason."""
-        made: Artifact = BACKENDS[self.name].lower(model, inputs, *self._told)
+    def lower(self, model: nn.Module, inputs: tuple[Tensor, ...], sram: float = inf) -> Artifact:
+        """The artifact, within `sram` bytes where an NPU's compiler can give up speed for them.
+
+        Raises BackendError with the lowering's reason.
+        """
+        told = (*self._told, sram) if self.npu else self._told
+        made: Artifact = BACKENDS[self.name].lower(model, inputs, *told)
         return made
 
     def layout(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -52,16 +53,25 @@ def refuse(keep_fp32: Sequence[str], scheme: Scheme, who: str) -> None:
         raise BackendError(f"{who} computes in int8 alone: {', '.join(keep_fp32)} cannot stay fp32", "leave it int8")
 
 
-def lower(model: nn.Module, inputs: tuple[Tensor, ...], npu: Npu) -> Artifact:
+def lower(model: nn.Module, inputs: tuple[Tensor, ...], npu: Npu, sram: float = inf) -> Artifact:
     """Lower a model that `quantizer` quantized. Raises BackendError with the lowering's or Vela's reason.
 
-    The CPU converts the inputs to int8 and the outputs back: that is said, and no operator that was left out.
+    Vela compiles for speed; where the program then takes more than `sram` bytes, within those (`vela.held_to`). The CPU
+    converts the inputs to int8 and the outputs back: that is said, and no operator that was left out.
     """
+    made = _lower(model, inputs, npu, ())
+    room = sram - made.planned_memory
+    if 0 < room < max((vela.estimate(graph, npu).sram for graph in made.graphs), default=0):
+        return _lower(model, inputs, npu, (vela.held_to(int(room)),))
+    return made
+
+
+def _lower(model: nn.Module, inputs: tuple[Tensor, ...], npu: Npu, flags: tuple[str, ...]) -> Artifact:
     from executorch.backends.arm.ethosu import EthosUPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     vela.check()
-    partitioner = EthosUPartitioner(_compile_spec(npu))
+    partitioner = EthosUPartitioner(_compile_spec(npu, flags))
     reasons: list[Any] = []
     try:
         with xnnpack.quiet(), _compiled() as compiled, _told(partitioner, reasons):
@@ -90,10 +100,10 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...], npu: Npu) -> Artifact:
     )
 
 
-def _compile_spec(npu: Npu) -> Any:
+def _compile_spec(npu: Npu, flags: Sequence[str] = ()) -> Any:
     from executorch.backends.arm.ethosu import EthosUCompileSpec
 
-    return EthosUCompileSpec(npu.accelerator, npu.system_config, npu.memory_mode, config_ini=vela.CONFIG)
+    return EthosUCompileSpec(npu.accelerator, npu.system_config, npu.memory_mode, list(flags), vela.CONFIG)
 
 
 @contextlib.contextmanager

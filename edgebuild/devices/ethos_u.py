@@ -64,16 +64,19 @@ def measure(
     with load(artifact, target, threads) as worker:
         facts, _ = worker.ask("facts")
         _, streams = worker.ask("streams")
-    estimates = _estimates(artifact, target, streams)
+    estimates, fastest = _estimates(artifact, target, facts["flags"], streams)
     memory = counted(artifact, target, facts, max((estimate.sram for estimate in estimates), default=0))
     if not estimates:
         return memory
     seconds = sum(estimate.seconds for estimate in estimates)
     npu = npu_of(target)
-    cpu = f"; {len(facts['outside'])} operators on the CPU are not in it" if facts["outside"] else ""
+    beside = f"; {len(facts['outside'])} operators on the CPU are not in it" if facts["outside"] else ""
+    if fastest != estimates:
+        most, least = (sum(estimate.cycles for estimate in each) for each in (estimates, fastest))
+        beside += f"; compiled to fit the SRAM: {most / least - 1:+.1%} cycles against the fastest"
     detail = (
         f"{vela.name()}'s estimate, no measurement: {sum(e.cycles for e in estimates):,} cycles of the NPU at "
-        f"{estimates[0].clock / 1e6:g} MHz, {npu.system_config}, {npu.memory_mode}{cpu}"
+        f"{estimates[0].clock / 1e6:g} MHz, {npu.system_config}, {npu.memory_mode}{beside}"
     )
     operators = tuple(_operator(row, estimate.clock) for estimate in estimates for row in estimate.operators)
     error = target.latency_error
@@ -97,11 +100,19 @@ def counted(artifact: Path, target: Target, facts: dict, scratch: int) -> tuple[
     )
 
 
-def _estimates(artifact: Path, target: Target, streams: Arrays) -> list[vela.Estimate]:
+def _estimates(
+    artifact: Path, target: Target, flags: Sequence[str], streams: Arrays
+) -> tuple[list[vela.Estimate], list[vela.Estimate]]:
+    """What Vela says of each delegate as the program holds it, and of the fastest that it would make."""
     found: list[vela.Estimate] = []
-    while (graph := artifact.with_suffix(f".{len(found)}.tosa")).is_file():
+    fastest: list[vela.Estimate] = []
+    for i, said in enumerate(flags):
+        graph = artifact.with_suffix(f".{i}.tosa")
+        if not graph.is_file():
+            break
         try:
-            found.append(vela.estimate(graph.read_bytes(), npu_of(target)))
+            found.append(vela.estimate(graph.read_bytes(), npu_of(target), vela.arena_of(said)))
+            fastest.append(vela.estimate(graph.read_bytes(), npu_of(target)))
         except BackendError as error:
             raise DeviceError(f"{artifact.name} on {target.name}: {error.what}", error.remedy) from None
     held = [stream.tobytes() for stream in streams]
@@ -111,7 +122,7 @@ def _estimates(artifact: Path, target: Target, streams: Arrays) -> list[vela.Est
             f"{artifact.name} on {target.name}: {vela.name()} does not make of its TOSA graphs what the program holds",
             "it was built for another NPU or by another Vela: build it again",
         )
-    return found
+    return found, fastest
 
 
 def npu_of(target: Target) -> Npu:

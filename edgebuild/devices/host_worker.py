@@ -11,7 +11,7 @@ A frame is MAGIC, the sizes of a JSON header (uint32) and of a body (uint64), th
     verify  {cases, atol}                 runs the test cases of a bundled program, and compares their outputs
     memory  {}                            loads the artifact and runs it; `base` and `peak` resident bytes, `exact`
     time    {method, at_least, at_most, cpu}   nanoseconds of each run, int64, in seconds' bounds; `settled`
-    facts   {}                            of a microcontroller's program: bytes planned, operators, delegates
+    facts   {}                            of a microcontroller's program: bytes planned, operators, flags of delegates
     streams {}                            of the same: the commands and the weights of each delegate
 
 Every answer is `{...}` or `{"error": ...}`. The parent imports this file for the frames, so torch is imported late.

@@ -46,24 +46,17 @@ class Reference:
         return self._run
 
     def facts(self) -> dict[str, Any]:
-        """Bytes of the planned buffers, operators outside of delegates in their order, and what each delegate holds."""
+        """Bytes of the planned buffers, operators outside of delegates in order, flags that made each delegate."""
         outside = [
             self.plan.operators[call.op_index].name
             for call in (instruction.instr_args for instruction in self.plan.chains[0].instructions)
             if type(call).__name__ == "KernelCall"
         ]
-        delegates = []
-        for delegate in self.plan.delegates:
-            blocks = _blocks(self._delegate_data(delegate))
-            delegates.append(
-                {
-                    "id": delegate.id,
-                    "scratch": int.from_bytes(blocks.get("scratch_size", b""), "little"),
-                    "commands": len(blocks.get("cmd_data", b"")),
-                    "weights": len(blocks.get("weight_data", b"")),
-                }
-            )
-        return {"planned": sum(self.plan.non_const_buffer_sizes), "outside": outside, "delegates": delegates}
+        flags = [
+            next((bytes(spec.value).decode() for spec in delegate.compile_specs if spec.key == "compile_flags"), "")
+            for delegate in self.plan.delegates
+        ]
+        return {"planned": sum(self.plan.non_const_buffer_sizes), "outside": outside, "flags": flags}
 
     def streams(self) -> list[Tensor]:
         """For each delegate its NPU commands and its encoded weights, as bytes."""

@@ -65,6 +65,27 @@ def test_latency_says_whose_estimate_it_is_and_what_is_not_in_it(split):
     assert sum(row.seconds for row in latency.operators) == pytest.approx(latency.value, rel=0.05)
 
 
+def test_a_program_that_takes_too_much_sram_is_compiled_to_fit_and_says_what_that_costs():
+    fastest = boards.lowered("resnet8", boards.U55)
+    before = fastest.measured()
+    assert "compiled to fit" not in before["latency"].detail
+    bound = 0.8 * before["sram"].value
+    held = replace(fastest, artifact=fastest.backend.lower(fastest.graph, fastest.samples[0], bound))
+    after = held.measured()  # which compiles again, and refuses what the program does not hold
+    assert after["sram"].value <= bound < before["sram"].value
+    more = after["latency"].value / before["latency"].value - 1
+    assert f"compiled to fit the SRAM: {more:+.1%} cycles against the fastest" in after["latency"].detail
+    with held.session() as session, fastest.session() as other:
+        for found, expected in zip(verify.run(session, held.samples), verify.run(other, held.samples), strict=True):
+            assert all((a == b).all() for a, b in zip(found, expected, strict=True)), "the same outputs"
+
+
+def test_sram_that_is_enough_changes_nothing():
+    fastest = boards.lowered("resnet8", boards.U55)
+    again = fastest.backend.lower(fastest.graph, fastest.samples[0], fastest.measured()["sram"].value)
+    assert again.data == fastest.artifact.data
+
+
 def test_images_are_not_transposed():
     estimate = vela.estimate(
         boards.lowered("resnet8", boards.U55).artifact.graphs[0], catalog.load_target(boards.U55).npu

@@ -54,7 +54,7 @@ def test_what_a_program_says_of_itself():
     found = boards.lowered("lenet", boards.M7)
     with found.session() as session:
         facts, _ = session.ask("facts")
-    assert facts["planned"] == found.artifact.planned_memory and facts["delegates"] == []
+    assert facts["planned"] == found.artifact.planned_memory and facts["flags"] == []
     assert facts["outside"].count("cortex_m::quantized_linear.out") == 0
     assert sum("linear" in name for name in facts["outside"]) == 2
     measured = found.measured()
