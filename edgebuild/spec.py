@@ -474,6 +474,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 Scheme = Literal["static", "dynamic", "8da4w"]
 SCHEMES: tuple[Scheme, ...] = ("static", "dynamic", "8da4w")
 GROUP = 32  # 4-bit weights of a row that share a scale
+SEGMENT = 16  # where the segments of a `.pte` may start: XNNPACK packs constants anew, and no other kernel wants more
 MODEL_INPUT = ""
 
 # Operators without weights in an int8 model, by PyTorch's XNNPACK quantizer: these compute in int8, these pass on what

@@ -1,8 +1,8 @@
 """Reads the bytes that `edgebuild.footprint` charges off real programs: `python scripts/fit_size_model.py`.
 
-Each probe is lowered with two and with three copies of a block; what the flatbuffers of program and delegate grow by is
-the block's. A block is a convolution and the operator in question, so the convolution's bytes are taken off. Needs no
-data: weights are random. Takes minutes.
+Each probe is lowered with two and with ten copies of a block; an eighth of what the flatbuffers of program and delegate
+grow by is the block's, whatever they are rounded up to. A block is a convolution and the operator in question, so the
+convolution's bytes are taken off. Needs no data: weights are random. Takes minutes.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from edgebuild.backends import BACKENDS
 from edgebuild.footprint import constants, layer_bytes
 from edgebuild.lift import lift
 from edgebuild.plan import Choice
+from edgebuild.spec import SEGMENT
 from edgebuild.transforms import quantize
 
 
@@ -100,7 +101,7 @@ def measured(block: Callable[[], nn.Module], count: int, precision: str, flat: b
     if precision == "int8":
         lowered = quantize.apply(lifted, inputs, [inputs], BACKENDS["xnnpack"].quantizer()).model
     charged = sum(
-        layer_bytes(layer, q) - sum(-(-size // 128) * 128 for size in constants(layer, q) if layer.weighted)
+        layer_bytes(layer, q) - sum(-(-size // SEGMENT) * SEGMENT for size in constants(layer, q) if layer.weighted)
         for layer, q in layers
     )
     return flatbuffers(BACKENDS["xnnpack"].lower(lowered, inputs).data), charged
@@ -111,9 +112,9 @@ def main() -> None:
     for name, block in PROBES.items():
         for precision in ("fp32", "int8"):
             (few, charged_few), (many, charged_many) = (
-                measured(block, count, precision, name.startswith("linear")) for count in (2, 3)
+                measured(block, count, precision, name.startswith("linear")) for count in (2, 10)
             )
-            print(f"{name:34} {precision} {many - few:7} {charged_many - charged_few:8}", flush=True)
+            print(f"{name:34} {precision} {(many - few) / 8:7.0f} {(charged_many - charged_few) / 8:8.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """ExecuTorch `.pte` through the XNNPACK delegate."""
 
+import base64
 import contextlib
 import gc
+import hashlib
 import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,11 +19,12 @@ from torch.export import ExportedProgram
 
 from edgebuild.errors import BackendError, first_line
 from edgebuild.lift import export
-from edgebuild.spec import GROUP, Artifact, Scheme
+from edgebuild.spec import GROUP, SEGMENT, Artifact, Scheme
 
 aten = torch.ops.aten
 
 NAME = "xnnpack"
+NAME_LENGTH = 11  # letters of a constant's name
 _PRODUCTS = (aten.linear.default, aten.conv2d.default, aten.conv1d.default)
 
 
@@ -60,14 +64,14 @@ def _grouped(keep_fp32: tuple[str, ...]) -> Any:
 def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
     """Lower an fp32 or PT2E-quantized model. Raises BackendError with the lowering's reason."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
     try:
         with quiet():
             program = export(model, inputs)
             _refuse_known_wrong(program)
             program = _averaged(program, inputs)
-            with _fewer_patterns(program):
+            with _fewer_patterns(program), _short_names():
                 edge = to_edge_transform_and_lower(
                     program,
                     partitioner=[XnnpackPartitioner()],
@@ -75,7 +79,7 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...]) -> Artifact:
                     compile_config=EdgeCompileConfig(_check_ir_validity=False),
                 )
             delegated, outside = delegation(edge)
-            lowered = edge.to_executorch()
+            lowered = edge.to_executorch(ExecutorchBackendConfig(segment_alignment=SEGMENT))
         fallen_back = tuple(f"{operator(node)} {source_line(node)}".strip() for node in outside)
     except BackendError:
         raise
@@ -100,6 +104,23 @@ def _fewer_patterns(program: ExportedProgram) -> Iterator[None]:
         yield
         return
     with patch.object(bilinear_2d, "_get_bilinear_2d_graphs", dict):
+        yield
+
+
+@contextlib.contextmanager
+def _short_names() -> Iterator[None]:
+    """Name each constant by 66 bits of its SHA-256, in base64, where ExecuTorch writes all 256 in hexadecimal.
+
+    A name is in the file twice, and an int8 layer has four constants. Names are compared within a program, whose
+    lowering refuses two constants of one name, and by a process that shares constants between programs.
+    """
+    from executorch.backends.xnnpack.operators import node_visitor
+
+    def sha256(data: bytes) -> SimpleNamespace:
+        name = base64.urlsafe_b64encode(hashlib.sha256(data).digest())[:NAME_LENGTH].decode()
+        return SimpleNamespace(hexdigest=lambda: name)
+
+    with patch.object(node_visitor, "hashlib", SimpleNamespace(sha256=sha256)):
         yield
 
 
