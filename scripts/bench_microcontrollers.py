@@ -204,7 +204,7 @@ def _build(model: str, task: Path, profile: str) -> Built:
         samples=accuracy.samples if accuracy else 0,
         sqnr_db=next((row.sqnr_db for row in made.parity if row.reference.startswith("eager")), nan),
         widths=tuple(f"{w.group} {w.of} -> {w.channels}" for w in made.plan.widths) if made.plan else (),
-        fallen_back=tuple(f.what for f in made.findings if f.kind == "fallback"),
+        fallen_back=tuple(f.what.replace(f"{ROOT}/", "") for f in made.findings if f.kind == "fallback"),
         seconds=round(time.monotonic() - began, 1),
     )
 
