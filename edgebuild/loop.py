@@ -31,6 +31,8 @@ Make = Callable[[Planner | None], Base | None]
 
 LARGEST_CORRECTION = 5.0
 MOST_DRAFTS = 12  # plans of one base; each was corrected by those before it
+REFINEMENTS = 3  # drafts after one that fits, each where it is expected to lose so much less
+WORTH_REFINING = 0.95
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ def _improve_base(
             attempt = carry_out(planner, proposed, original, loaded, clock, draft=proposed.plan.distil)
             planner = _note(planner, attempt, trail, clock)
             if attempt.draft and not attempt.failed:
+                if not given:
+                    planner, proposed = _refined(planner, proposed, attempt, tried, original, loaded, clock, trail)
                 other = _rival(planner, proposed, rival)
                 rival = None
                 if other is not None:
@@ -164,6 +168,36 @@ def _improve_base(
                 trail.findings.append(Finding("limit", "plan", what))
             return planner, solve.status == "infeasible"
     return planner, False
+
+
+def _refined(
+    planner: Planner,
+    proposed: Proposal,
+    draft: Attempt,
+    tried: list[Proposal],
+    original: Original,
+    loaded: Loaded,
+    clock: Clock,
+    trail: _Trail,
+) -> tuple[Planner, Proposal]:
+    """The plan to train instead of one whose draft fits: what a draft was measured at tells how much room it leaves.
+
+    As each draft corrects the costs and the losses, the next is planned closer to the bounds; the one that really loses
+    least is taken, before any training. With it the planner as corrected by them all.
+    """
+    best, least = proposed, draft.built.loss
+    for _ in range(REFINEMENTS):
+        with clock.stage("plan", "planning with the room that is left"):
+            other, _ = propose(planner, tried)
+        if other is None or other.total_loss >= WORTH_REFINING * least:
+            break
+        tried.append(other)
+        attempt = carry_out(planner, other, original, loaded, clock, draft=True)
+        planner = _note(planner, attempt, trail, clock)
+        if not attempt.failed and attempt.built.loss < least:
+            why = f"drafted once more: it loses {attempt.built.loss:.3g} nats untrained, the draft before {least:.3g}"
+            best, least = replace(other, plan=replace(other.plan, why=(*other.plan.why, why))), attempt.built.loss
+    return planner, best
 
 
 def _rival(planner: Planner, proposed: Proposal, make: Make | None) -> Planner | None:

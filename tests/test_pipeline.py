@@ -1,10 +1,12 @@
 """The whole flow in one process, on a small network: what the loop does, and what its report holds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edgebuild import pipeline
+from edgebuild import loop, pipeline
+from edgebuild.attempt import Attempt
 from edgebuild.pipeline import Request
 from edgebuild.spec import Report
 
@@ -102,6 +104,25 @@ def test_a_draft_that_breaks_a_budget_is_not_trained(folder: Path) -> None:
     size = next(row for row in report.reachable if row.kind == "size")
     assert size.feasible and size.nearest is None
     assert "latency on host binds" in report.summary
+
+
+def test_the_draft_that_really_loses_least_is_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Attempt] = []
+    carry_out = loop.carry_out
+
+    def kept(*arguments: Any, **options: Any) -> Attempt:
+        seen.append(carry_out(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(loop, "carry_out", kept)
+    monkeypatch.setattr(loop, "WORTH_REFINING", 1e3)  # the first draft leaves no room here
+    report = build(folder, 'size = "26 KiB"')
+    drafts = [attempt for attempt in seen if attempt.draft and not attempt.failed]
+    least = min(drafts, key=lambda attempt: attempt.built.loss)
+    assert 2 <= len({repr(attempt.plan) for attempt in drafts}) == len(drafts) <= 1 + loop.REFINEMENTS
+    assert report.plan is not None
+    assert report.plan.choices.widths == least.plan.widths and report.plan.choices.forms == least.plan.forms
+    assert (least is drafts[0]) or "drafted once more" in report.plan.why[-1]
 
 
 def test_the_profiles_time_ends_the_loop_with_the_best_so_far(folder: Path) -> None:

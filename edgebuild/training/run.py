@@ -27,6 +27,7 @@ CHECKPOINT = 30.0  # seconds between checkpoints
 LATE = 1.1  # times the time given, beyond which the rest of the schedule is shortened
 EMA_SPAN = 0.02  # of the steps, over which the weights are averaged
 BF16_GAIN = 1.2  # times faster than fp32, to be worth its rounding
+SHORT = 0.02  # seconds of a step that is mostly overhead: which precision is faster would be told by chance
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class Run:
             state = None
         self.bf16, self.steps = False, 0
         self.bf16, self.steps = (state["bf16"], state["steps"]) if state else self._measured(batches)
+        if teacher is not None:
+            teacher.bf16 = self.bf16
         self.average = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(2.0, EMA_SPAN * self.steps)), use_buffers=True
         )
@@ -297,10 +300,10 @@ class Run:
         if settings.steps and not bf16:
             return False, settings.steps
         learning, teaching = self._seconds(batches, False)
-        if bf16:
-            faster, _ = self._seconds(batches, True)
-            bf16 = faster * BF16_GAIN < learning
-            learning = faster if bf16 else learning
+        if bf16 := bf16 and learning > SHORT:
+            faster = self._seconds(batches, True)
+            bf16 = faster[0] * BF16_GAIN < learning
+            learning, teaching = faster if bf16 else (learning, teaching)
         if settings.steps:
             return bf16, settings.steps
         kept = self.teacher.kept if self.teacher else 0
@@ -312,6 +315,8 @@ class Run:
     def _seconds(self, batches: Callable[[], Iterable[Any]], bf16: bool) -> tuple[float, float]:
         """Seconds of a step of a copy of the student, making the batch included, and of the teacher for it."""
         self.bf16 = bf16
+        if self.teacher is not None:
+            self.teacher.bf16 = bf16
         scratch = copy.deepcopy(self.model)
         updates, _ = optimizer.make(scratch, self.rate)
         average = AveragedModel(scratch, use_buffers=True)

@@ -10,6 +10,7 @@ from edgebuild.errors import TaskError, TransformError
 from edgebuild.training import checkpoint, processes
 from edgebuild.training.run import Diverged, Lesson, Run, Training
 from edgebuild.training.teacher import Teacher
+from edgebuild.transforms import norms
 
 SLOWER, MOST_RESTARTS = 0.25, 2  # the learning rate, after a training that diverged
 
@@ -46,7 +47,7 @@ def _train(
     lesson: Lesson,
     progress: Progress,
 ) -> tuple[nn.Module, Training]:
-    taught = Teacher(teacher, lesson.digest) if teacher is not None else None
+    taught = Teacher(norms.folded(teacher), lesson.digest) if teacher is not None else None
     rate = lesson.settings.learning_rate
     for restart in range(MOST_RESTARTS + 1):
         run = Run(student, taught, batches, lesson, rate, progress)

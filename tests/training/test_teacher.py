@@ -62,3 +62,11 @@ def test_a_damaged_store_costs_time_and_nothing_else(damage):
     teacher = Teacher(net(), "a")
     assert torch.equal(teacher(X)[0], right) and teacher.computed == 1
     assert torch.equal(teacher(X)[0], right)
+
+
+def test_in_bf16_outputs_are_rounded_and_still_fp32():
+    exact, rounded = Teacher(net()), Teacher(net())
+    rounded.bf16 = True
+    (right,), (found,) = exact(X), rounded(X)
+    assert found.dtype == torch.float32 and not torch.equal(found, right)
+    assert torch.allclose(found, right, rtol=2e-2, atol=2e-2)

@@ -43,3 +43,38 @@ def test_what_has_no_norms_or_no_free_batch_is_left_alone(small_net):
 def test_any_number_of_samples(small_net, count):
     again = norms.restated(lift(small_net, SAMPLES[0]), SAMPLES[:count])
     assert torch.isfinite(again(SAMPLES[0][0])).all()
+
+
+def test_a_folded_model_gives_the_same_outputs_without_its_norms(small_net):
+    model = lift(small_net, SAMPLES[0])
+    torch.nn.init.uniform_(model.get_submodule("block.bn1").running_mean)
+    before = copy.deepcopy(model.state_dict())
+    folded = norms.folded(model)
+    x = torch.cat([x for (x,) in SAMPLES[:8]])
+    assert torch.allclose(folded(x), model(x), atol=1e-4)
+    assert sum("batch_norm" in str(n.target) or ".bn" in str(n.target) for n in folded.graph.nodes) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_norm_behind_what_others_read_too_stays():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.twice, self.other = (
+                nn.Conv2d(3, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.Conv2d(4, 4, 1),
+                nn.BatchNorm2d(4),
+            )
+
+        def forward(self, x):
+            x = self.conv(x)
+            x = x + self.norm(x)
+            return self.twice(self.other(self.twice(x)))
+
+    model = lift(Net().eval(), SAMPLES[0])
+    for norm in (model.get_submodule("norm"), model.get_submodule("other")):
+        norm.running_mean.normal_(), norm.running_var.uniform_(1, 2)
+    folded = norms.folded(model)
+    assert {str(n.target) for n in folded.graph.nodes} >= {"norm", "other"}
+    assert torch.allclose(folded(SAMPLES[0][0]), model(SAMPLES[0][0]), atol=1e-5)
