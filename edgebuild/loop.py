@@ -189,10 +189,14 @@ def _refined(
     for _ in range(REFINEMENTS):
         with clock.stage("plan", "planning with the room that is left"):
             other, _ = propose(planner, tried)
-        if other is None or other.total_loss >= WORTH_REFINING * least:
+        if other is None or other.total_loss >= WORTH_REFINING * least or clock.elapsed > planner.profile.time:
             break
         tried.append(other)
-        attempt = carry_out(planner, other, original, loaded, clock, draft=True)
+        try:
+            attempt = carry_out(planner, other, original, loaded, clock, draft=True)
+        except (TransformError, BackendError) as error:
+            trail.findings.append(Finding("skipped", "a further draft", f"the plan could not be built: {error}"))
+            continue
         planner = _note(planner, attempt, trail, clock)
         if not attempt.failed and attempt.built.loss < least:
             why = f"drafted once more: it loses {attempt.built.loss:.3g} nats untrained, the draft before {least:.3g}"
