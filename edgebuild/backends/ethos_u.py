@@ -60,6 +60,8 @@ def lower(model: nn.Module, inputs: tuple[Tensor, ...], npu: Npu, sram: float = 
     converts the inputs to int8 and the outputs back: that is said, and no operator that was left out.
     """
     made = _lower(model, inputs, npu, ())
+    if sram == inf:
+        return made
     room = sram - made.planned_memory
     if 0 < room < max((vela.estimate(graph, npu).sram for graph in made.graphs), default=0):
         return _lower(model, inputs, npu, (vela.held_to(int(room)),))

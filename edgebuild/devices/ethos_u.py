@@ -106,13 +106,15 @@ def _estimates(
     """What Vela says of each delegate as the program holds it, and of the fastest that it would make."""
     found: list[vela.Estimate] = []
     fastest: list[vela.Estimate] = []
+    npu = npu_of(target)
     for i, said in enumerate(flags):
         graph = artifact.with_suffix(f".{i}.tosa")
         if not graph.is_file():
             break
         try:
-            found.append(vela.estimate(graph.read_bytes(), npu_of(target), vela.arena_of(said)))
-            fastest.append(vela.estimate(graph.read_bytes(), npu_of(target)))
+            data = graph.read_bytes()
+            found.append(vela.estimate(data, npu, vela.arena_of(said)))
+            fastest.append(vela.estimate(data, npu))
         except BackendError as error:
             raise DeviceError(f"{artifact.name} on {target.name}: {error.what}", error.remedy) from None
     held = [stream.tobytes() for stream in streams]
