@@ -14,8 +14,8 @@ from typing import Any
 
 from compression import builds
 
-STEPS = 120
-PROFILE = """
+STEPS = 900  # as many that the first checkpoint was written when half of them are done
+PROFILE = f"""
 name = "resume"
 title = "resume"
 target = "host"
@@ -24,15 +24,15 @@ rounds = 1
 [budgets]
 size = "300 kB"
 [distillation]
-steps = 120
+steps = {STEPS}
 time = "2 h"
 """
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """SHA-256 of both artifacts; the killed build had no more than its checkpoint."""
+    """SHA-256 of both artifacts, at which step the one was killed, and how long after its last checkpoint."""
     task = builds.cifar(options.model, options.weights, options.images)
-    hashes, killed_at = {}, 0
+    hashes, killed_at, since = {}, 0, 0.0
     with tempfile.TemporaryDirectory(prefix="edgebuild-bench-") as folder:
         profile = Path(folder) / "resume.toml"
         profile.write_text(PROFILE, encoding="utf-8")
@@ -42,13 +42,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             command = [sys.executable, "-m", "edgebuild", "build", str(task), "-p", str(profile), "-o", str(bundle)]
             if name == "killed":
                 killed_at = _kill_half_way(command, environment)
+                (checkpoint,) = (Path(folder) / name / "training").iterdir()  # all that the killed training left
+                since = time.time() - checkpoint.stat().st_mtime
             subprocess.run(command, env=environment, check=False)
             plan = json.loads((bundle / "plan.json").read_text())
             assert plan["distil_steps"] == STEPS
             hashes[name] = hashlib.sha256((bundle / "cifar_task.pte").read_bytes()).hexdigest()
     same = hashes["whole"] == hashes["killed"]
-    print(f"\nkilled at step {killed_at} of {STEPS} or later; the same artifact: {'yes' if same else 'NO'}")
-    return {"killed_at": killed_at, "steps": STEPS, "same": same, **hashes}
+    told = f"killed at step {killed_at} of {STEPS} or later, {since:.0f} s after its last checkpoint"
+    print(f"\n{told}; the same artifact: {'yes' if same else 'NO'}")
+    return {"killed_at": killed_at, "steps": STEPS, "since_checkpoint": round(since, 1), "same": same, **hashes}
 
 
 def _kill_half_way(command: list[str], environment: dict[str, str]) -> int:
