@@ -20,7 +20,7 @@ name = "resume"
 title = "resume"
 target = "host"
 artifact = "pte"
-rounds = 1
+rounds = 2
 [budgets]
 size = "300 kB"
 [distillation]
