@@ -5,7 +5,7 @@ cifar       a CIFAR-10 model at several budgets and training times
 techniques  each technique alone, and all without one, at one latency budget
 mnist       examples/mnist: the feed-forward student with its teacher and without, over seeds
 keywords    examples/keywords at its profile; transformer: examples/transformer at its profiles
-tools       other tools on the CIFAR-10 model, with the same data and time
+tools       edgebuild and other tools on the CIFAR-10 model, with the same data and time
 resume      a training killed with SIGKILL half way and started again
 
 The data are no part of the repository: --model FILE.py (with `load(path) -> Module`), --weights FILE.safetensors and

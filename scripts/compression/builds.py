@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ class Row:
     interval: tuple[float, float] | None
     techniques: tuple[str, ...]
     training: str
+    steps: int
     rounds: int
     seconds: Mapping[str, float]
     parity: tuple[tuple[str, float, float | None], ...]
@@ -46,8 +48,12 @@ def build(
     training: str = "",
     techniques: tuple[Technique, ...] = (),
     extra: str = "",
+    artifact: Path | None = None,
 ) -> Row:
-    """Build a task for a profile made of budgets; `training` is how long each training is: "15 min" or "400 steps"."""
+    """Build a task for a profile made of budgets; `training` is how long each training is: "15 min" or "400 steps".
+
+    The `.pte` is kept as `artifact`, where that is given.
+    """
     lines = [f'name = "{name}"', f'title = "{name}"', 'target = "host"', 'artifact = "pte"', "threads = 1", extra]
     if techniques:
         lines.append(f"techniques = {json.dumps(techniques)}")
@@ -59,15 +65,18 @@ def build(
     with tempfile.TemporaryDirectory(prefix="edgebuild-bench-") as folder:
         profile = Path(folder) / f"{name}.toml"
         profile.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return run(name, task, profile)
+        return run(name, task, profile, artifact)
 
 
-def run(name: str, task: Path, profile: Path) -> Row:
-    """Build a task for a profile."""
+def run(name: str, task: Path, profile: Path, artifact: Path | None = None) -> Row:
+    """Build a task for a profile, and keep the `.pte` as `artifact`, where that is given."""
     with tempfile.TemporaryDirectory(prefix="edgebuild-bench-") as folder:
         request = pipeline.Request(str(task), str(profile), Path(folder) / "bundle")
         began = time.monotonic()
         report = pipeline.build(request, lambda message, seconds: print(f"  {seconds:7.1f}  {message}", flush=True))
+        if artifact is not None:
+            (made,) = request.output.glob("*.pte")
+            shutil.copyfile(made, artifact)
         return row(name, report, time.monotonic() - began)
 
 
@@ -97,6 +106,7 @@ def row(name: str, report: Report, seconds: float) -> Row:
         interval=accuracy.artifact_interval if accuracy else None,
         techniques=tuple(report.plan.techniques) if report.plan else (),
         training=next((r.training for r in report.rounds if r.plan == report.plan), last.training if last else ""),
+        steps=report.plan.distil_steps if report.plan else 0,
         rounds=len(report.rounds),
         seconds={**report.stages, "all": round(seconds, 1)},
         parity=tuple((p.reference, p.sqnr_db, p.agreement) for p in report.parity if p.target == "host"),
