@@ -12,7 +12,7 @@ from edgebuild import backends, cache, judge, verify
 from edgebuild.base import Base, lifted_digest
 from edgebuild.built import Built
 from edgebuild.clock import Clock
-from edgebuild.devices import DEVICES, Arrays, as_file
+from edgebuild.devices import DEVICES, Arrays, as_file, timing
 from edgebuild.environment import versions
 from edgebuild.errors import DeviceError
 from edgebuild.load import Loaded
@@ -136,7 +136,10 @@ def _score(base: Base, loaded: Loaded, clock: Clock) -> tuple[float, int]:
 def carry_out(
     planner: Planner, proposed: Proposal, original: Original, loaded: Loaded, clock: Clock, draft: bool
 ) -> Attempt:
-    """Build a plan and hold it against the budgets; a draft is neither trained nor scored."""
+    """Build a plan and hold it against the budgets; a draft is neither trained nor scored.
+
+    What was trained is timed until that decides its budgets, or for timing.LONGEST: its time is worth those seconds.
+    """
     base, profile, targets = planner.base, planner.profile, planner.targets
     plan, inputs = proposed.draft if draft else proposed.plan, loaded.task.example_inputs
     words = f"{'drafting' if draft else 'building'}: {', '.join(plan.techniques) or 'no technique'}"
@@ -169,7 +172,9 @@ def carry_out(
                         accuracy = verify.accuracy(loaded.task.metric, original.score, score, _how(base))
                 with clock.stage("measure", f"measuring on {target.name}"):
                     arrays = [verify.to_arrays(sample) for sample in samples]
-                    measurements += device.measure(artifact, target, profile.threads, arrays, layers)
+                    decides = plan.distil and target in targets
+                    enough = judge.Runs(profile.budgets).enough if decides else timing.once
+                    measurements += device.measure(artifact, target, profile.threads, arrays, layers, enough)
             except DeviceError as error:
                 findings.append(Finding("skipped", target.name, f"the artifact could not be run: {error}"))
                 continue

@@ -18,8 +18,6 @@ from edgebuild.errors import DeviceError, MissingEnvironment, SpecError, UsageEr
 from edgebuild.settings import Settings
 from edgebuild.spec import PER_TARGET, Accuracy, Budget, Finding, Measurement, Parity, Target, Verdict
 
-CONFIDENCE = 0.95
-FAIL_AFTER = 8.0  # seconds of timed runs: a moment in which the machine was busy fails no build
 HOST = Target(name="host", title="This machine", device="host", status="measured")
 SUFFIXES = {"pte": ".pte", "torchscript": ".pt"}
 
@@ -162,7 +160,7 @@ def _on(
     clock: Clock,
 ) -> _Found:
     inputs, expected = samples
-    device, runs = DEVICES[target.device], _Runs(budgets)
+    device, runs = DEVICES[target.device], judge.Runs(budgets)
     try:
         with (
             clock.stage("verify", f"comparing outputs on {target.name}"),
@@ -182,24 +180,8 @@ def _on(
 
 
 def _interval(target: str, quantity: str, found: timing.Nanoseconds) -> Interval:
-    low, high = timing.interval(found, quantity, CONFIDENCE)
-    return Interval(target, quantity, low, None if isinf(high) else high, CONFIDENCE)
-
-
-class _Runs:
-    """The timed runs of a device, and whether they decide the budgets.
-
-    A pass may come early. A fail takes FAIL_AFTER seconds: noise makes runs slower and never faster.
-    """
-
-    def __init__(self, budgets: Sequence[Budget]):
-        self.budgets = [budget for budget in budgets if budget.kind in (*timing.SHARES, "throughput")]
-        self.found: timing.Nanoseconds = timing.NONE
-
-    def enough(self, found: timing.Nanoseconds) -> bool:
-        self.found = found
-        states = {judge.status(b, timing.interval(found, b.kind, CONFIDENCE)) for b in self.budgets}
-        return states <= {"pass"} or (states <= {"pass", "fail"} and found.sum() >= FAIL_AFTER * 1e9)
+    low, high = timing.interval(found, quantity, judge.CONFIDENCE)
+    return Interval(target, quantity, low, None if isinf(high) else high, judge.CONFIDENCE)
 
 
 def _check_alike(outputs: Sequence[Arrays], expected: Sequence[Arrays], target: str) -> None:

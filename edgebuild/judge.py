@@ -6,12 +6,15 @@ from typing import Literal
 
 import numpy as np
 
-from edgebuild.devices import Arrays
+from edgebuild.devices import Arrays, timing
 from edgebuild.errors import TaskError
 from edgebuild.spec import Accuracy, Budget, Measurement, Parity, Precision, Verdict
 
 # An int8 kernel rounds differently from its fp32 simulation, a little in every layer; a wrong one is below 0 dB.
 LEAST_SQNR_DB: dict[Precision, float] = {"fp32": 40.0, "int8": 15.0}
+
+CONFIDENCE = 0.95
+FAIL_AFTER = 8.0  # seconds of timed runs: a moment in which the machine was busy fails no build
 
 Status = Literal["pass", "fail", "inconclusive"]
 
@@ -98,6 +101,22 @@ def status(budget: Budget, band: tuple[float, float]) -> Status:
     """What is known of a budget where the figure lies somewhere in `band`."""
     held = [budget.holds(edge) for edge in band]
     return "pass" if all(held) else "inconclusive" if any(held) else "fail"
+
+
+class Runs:
+    """The timed runs of a device, and whether they decide the budgets.
+
+    A pass may come early. A fail takes FAIL_AFTER seconds: noise makes runs slower and never faster.
+    """
+
+    def __init__(self, budgets: Sequence[Budget]):
+        self.budgets = [budget for budget in budgets if budget.kind in (*timing.SHARES, "throughput")]
+        self.found: timing.Nanoseconds = timing.NONE
+
+    def enough(self, found: timing.Nanoseconds) -> bool:
+        self.found = found
+        states = {status(b, timing.interval(found, b.kind, CONFIDENCE)) for b in self.budgets}
+        return states <= {"pass"} or (states <= {"pass", "fail"} and found.sum() >= FAIL_AFTER * 1e9)
 
 
 def outcome(verdicts: Sequence[Verdict], parity: Sequence[Parity]) -> Literal["met", "broken", "inconclusive"]:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from edgebuild import loop, pipeline
+from edgebuild import judge, loop, pipeline
 from edgebuild.attempt import Attempt
+from edgebuild.devices import host
 from edgebuild.pipeline import Request
 from edgebuild.spec import Report
 
@@ -107,14 +108,21 @@ def test_a_draft_that_breaks_a_budget_is_not_trained(folder: Path) -> None:
 
 
 def test_the_draft_that_really_loses_least_is_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it alone is timed for as long as its budgets ask, as its time was spent already."""
     seen: list[Attempt] = []
-    carry_out = loop.carry_out
+    last_arguments: list[Any] = []
+    carry_out, measure = loop.carry_out, host.measure
 
     def kept(*arguments: Any, **options: Any) -> Attempt:
         seen.append(carry_out(*arguments, **options))
         return seen[-1]
 
+    def measured(*arguments: Any) -> Any:
+        last_arguments.append(arguments[-1])
+        return measure(*arguments)
+
     monkeypatch.setattr(loop, "carry_out", kept)
+    monkeypatch.setattr(host, "measure", measured)
     monkeypatch.setattr(loop, "WORTH_REFINING", 1e3)  # the first draft leaves no room here
     report = build(folder, 'size = "26 KiB"')
     drafts = [attempt for attempt in seen if attempt.draft and not attempt.failed]
@@ -123,6 +131,8 @@ def test_the_draft_that_really_loses_least_is_trained(folder: Path, monkeypatch:
     assert report.plan is not None
     assert report.plan.choices.widths == least.plan.widths and report.plan.choices.forms == least.plan.forms
     assert (least is drafts[0]) or "drafted once more" in report.plan.why[-1]
+    until_clear = [isinstance(getattr(last, "__self__", None), judge.Runs) for last in last_arguments]
+    assert until_clear == [False] * (len(until_clear) - 1) + [True]
 
 
 def test_the_profiles_time_ends_the_loop_with_the_best_so_far(folder: Path) -> None:
