@@ -90,11 +90,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _built(original: Path, data: cifar.Images, options: argparse.Namespace) -> Row:
-    """edgebuild's own `.pte`, for the latency that the tools prune to."""
-    budgets = {
-        "latency": f"{1e3 * recipes.latency(original, data) / options.speedup:.4f} ms",
-        "accuracy_drop": "0.5 points",
-    }
+    """edgebuild's own `.pte`, for the latency that the tools prune to; trained once, as theirs, whatever it loses."""
+    budgets = {"latency": f"{1e3 * recipes.latency(original, data) / options.speedup:.4f} ms"}
     task = builds.cifar(options.model, options.weights, options.images)
     limits = 'time = "3 h"\nrounds = 2'
     made = builds.build(OURS, task, budgets, options.time, extra=limits, artifact=original.with_stem(OURS))
