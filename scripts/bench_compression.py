@@ -89,7 +89,7 @@ def bounds(original: builds.Row, smaller: float, faster: float) -> dict[str, str
 def techniques(options: argparse.Namespace) -> dict[str, Any]:
     task = builds.cifar(options.model, options.weights, options.images)
     original = builds.build("fp32", task, {"size": "1 GB"}, techniques=("distil",))
-    budgets = {"latency": bounds(original, 1, ONE_BUDGET)["latency"], "accuracy_drop": "0.5 points"}
+    budgets = {"latency": bounds(original, 1, ONE_BUDGET)["latency"]}  # each is trained once, whatever it loses
     chosen: dict[str, tuple[str, ...]] = {"all": ALL}
     chosen |= {f"without {left_out}": tuple(t for t in ALL if t != left_out) for left_out in ALL}
     chosen |= {f"{alone} alone": (alone,) for alone in ALL[:3]}
