@@ -91,8 +91,8 @@ def techniques(options: argparse.Namespace) -> dict[str, Any]:
     original = builds.build("fp32", task, {"size": "1 GB"}, techniques=("distil",))
     budgets = {"latency": bounds(original, 1, ONE_BUDGET)["latency"]}  # each is trained once, whatever it loses
     chosen: dict[str, tuple[str, ...]] = {"all": ALL}
-    chosen |= {f"without {left_out}": tuple(t for t in ALL if t != left_out) for left_out in ALL}
-    chosen |= {f"{alone} alone": (alone,) for alone in ALL[:3]}
+    chosen |= {f"without-{left_out}": tuple(t for t in ALL if t != left_out) for left_out in ALL}
+    chosen |= {f"{alone}-alone": (alone,) for alone in ALL[:3]}
     rows = [original]
     for name, used in chosen.items():
         rows.append(builds.build(name, task, budgets, options.time, used, 'time = "3 h"\nrounds = 2'))  # type: ignore[arg-type]
