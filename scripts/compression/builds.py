@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,9 @@ def table(rows: list[Row]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
+        if not r.size:  # nothing was built
+            lines.append(f"| {r.name} | {r.outcome} |" + " |" * 7 + f" {r.seconds['all'] / 60:.1f} min |")
+            continue
         lines.append(
             f"| {r.name} | {r.outcome} | {r.size:,} B | {r.smaller:.1f}x | {1e3 * r.latency:.3g} ms | {r.faster:.1f}x "
             f"| {r.score:.2%} | {r.lost:+.2f} | {', '.join(r.techniques)} | {r.seconds['all'] / 60:.1f} min |"
@@ -135,4 +139,5 @@ def table(rows: list[Row]) -> str:
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    return [asdict(r) for r in rows]
+    """Rows for a JSON file, which has no word for what is not a number: null."""
+    return [{k: None if isinstance(v, float) and isnan(v) else v for k, v in asdict(r).items()} for r in rows]
