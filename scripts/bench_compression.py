@@ -95,7 +95,7 @@ def techniques(options: argparse.Namespace) -> dict[str, Any]:
     chosen |= {f"{alone}-alone": (alone,) for alone in ALL[:3]}
     rows = [original]
     for name, used in chosen.items():
-        rows.append(builds.build(name, task, budgets, options.time, used, 'time = "3 h"\nrounds = 2'))  # type: ignore[arg-type]
+        rows.append(builds.build(name, task, budgets, options.time, used, builds.ONCE))  # type: ignore[arg-type]
         print(builds.table(rows), flush=True)
     return {"rows": builds.as_json(rows)}
 

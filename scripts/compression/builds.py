@@ -15,6 +15,7 @@ from edgebuild import pipeline
 from edgebuild.spec import Report, Technique
 
 HERE = Path(__file__).parent
+ONCE = 'time = "3 h"\nrounds = 2'  # of a profile: int8 alone, then a plan that is trained once
 
 
 @dataclass(frozen=True)

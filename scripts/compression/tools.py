@@ -93,8 +93,8 @@ def _built(original: Path, data: cifar.Images, options: argparse.Namespace) -> R
     """edgebuild's own `.pte`, for the latency that the tools prune to; trained once, as theirs, whatever it loses."""
     budgets = {"latency": f"{1e3 * recipes.latency(original, data) / options.speedup:.4f} ms"}
     task = builds.cifar(options.model, options.weights, options.images)
-    limits = 'time = "3 h"\nrounds = 2'
-    made = builds.build(OURS, task, budgets, options.time, extra=limits, artifact=original.with_stem(OURS))
+    artifact = original.with_stem(OURS)
+    made = builds.build(OURS, task, budgets, options.time, extra=builds.ONCE, artifact=artifact)
     training = made.seconds["distil"]
     return {
         "recipe": OURS,
