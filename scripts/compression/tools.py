@@ -6,6 +6,7 @@ is kept and the same was asked: each `.pte` there has a `.json` that says how it
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -71,6 +72,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         original.write_bytes(recipes.lower(model, (data.train[:1].float(),)))
         rows: list[Row] = [{"recipe": "fp32", "version": version("executorch"), "what": "the original"}]
         asked = {"speedup": options.speedup, "time": options.time, "tries": options.tries, "threads": options.threads}
+        asked["original"] = hashlib.sha256(original.read_bytes()).hexdigest()
         for name in (OURS, *options.recipes):
             kept = folder / f"{name}.json"
             known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
