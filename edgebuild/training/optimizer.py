@@ -8,7 +8,7 @@ from torch import nn
 
 # Peak rates. With momentum, convolutions behind batch norms are insensitive to the rate over a decade; where there is
 # attention or no batch norm, steps of SGD are too large for some layers and too small for others.
-SGD_RATE, ADAMW_RATE = 0.02, 1e-3
+SGD_RATE, ADAMW_RATE = 0.05, 1e-3
 WARM_UP = 0.05  # of the steps
 WEIGHT_DECAY = {"SGD": 5e-4, "AdamW": 1e-2}
 

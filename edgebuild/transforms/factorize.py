@@ -173,7 +173,8 @@ def apply(
         except AttributeError:
             raise TransformError(f"the plan factorizes layer {form.layer!r}, which the model does not have") from None
         _check_form(layer, form)
-        result.set_submodule(form.layer, nn.Sequential(*_decompose(layer, form, moments.get(form.layer))))
+        factors = _balanced(_decompose(layer, form, moments.get(form.layer)))
+        result.set_submodule(form.layer, nn.Sequential(*factors))
     with torch.no_grad():
         for want, got in zip(outputs_of(model(*inputs)), outputs_of(result(*inputs)), strict=True):
             if want.shape != got.shape or not torch.isfinite(got).all():
@@ -261,6 +262,20 @@ def _tucker2(
         _filled(nn.Conv2d(r_in, r_out, (kh, kw), (sh, sw), _padding(layer), (dh, dw), bias=False), core),
         _filled(nn.Conv2d(r_out, m, 1, bias=bias is not None), out[:, :, None, None], bias),
     ]
+
+
+def _balanced(factors: list[nn.Module]) -> list[nn.Module]:
+    """The factors with weights of one norm and the same product.
+
+    How far a step of gradient descent moves a factor goes by the others' norms: between factors of 30 and 0.3, as an
+    orthonormal basis and its core are behind inputs of little variance, only the small one learns.
+    """
+    weights = [factor.get_parameter("weight").data for factor in factors]
+    norms = torch.stack([weight.norm() for weight in weights]).double()
+    if bool((norms > 0).all()):
+        for weight, scale in zip(weights, norms.log().mean().exp() / norms, strict=True):
+            weight.mul_(scale)
+    return factors
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, int]:

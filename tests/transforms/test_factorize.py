@@ -26,6 +26,15 @@ def test_at_full_rank_nothing_changes(lifted, image, form):
     assert torch.allclose(factorize.apply(lifted, image, [form])(*image), lifted(*image), atol=1e-4)
 
 
+@pytest.mark.parametrize("form", FULL, ids=str)
+def test_the_factors_weights_are_of_one_norm(lifted, image, images, form):
+    seen = moments(lifted, analyse(lifted, image), images)
+    layer = factorize.apply(lifted, image, [form], seen).get_submodule(form.layer)
+    norms = [float(factor.weight.norm()) for factor in layer]
+    assert len(norms) == (3 if form.kind == "tucker2" else 2)
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "form",
     [Form("hidden", "svd", (12,)), Form("right", "spatial", (8,)), Form("block.conv1", "tucker2", (8, 8))],
