@@ -1,7 +1,7 @@
 """A model to compress: what it consists of, what could be done to it, and what that is estimated to lose."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
@@ -99,6 +99,15 @@ def prepare(
         trials=found.trials,
         scheme=trials.scheme_of(found.trials),
     )
+
+
+def narrowed(base: Base, model: fx.GraphModule, loaded: Loaded, seed: int) -> Base:
+    """The base with a model that was made of it, its channels ranked anew: to be cut further, not to be planned for."""
+    inputs, samples, logits = loaded.task.example_inputs, spread(loaded.samples), loaded.task.outputs == "logits"
+    facts = check_prunable(model, inputs, analyse(model, inputs))
+    seen = moments(model, facts, loaded.samples)
+    found = prune.ranked(model, facts, measure(model, facts, samples, {}, seen, logits, seed), samples, logits)
+    return replace(base, model=model, facts=facts, sensitivity=found, candidates=(), trials=())
 
 
 def _analysed(model: fx.GraphModule, loaded: Loaded, profile: Profile, backend: Backend) -> Analysis:

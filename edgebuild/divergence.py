@@ -47,6 +47,23 @@ def distance(model: nn.Module, other: nn.Module, inputs: Sequence[tuple[Tensor, 
     return total / sum(len(batch[0]) for batch in inputs)
 
 
+def indifference(model: nn.Module, inputs: Sequence[tuple[Tensor, ...]], logits: bool) -> float:
+    """What would be left of a model (nats a sample) that answers any of the inputs alike: all that it knows of them.
+
+    That answer is the mean of its softened distributions, or of its values: what is lost is the mutual information of
+    input and answer. Inputs of batch size 1.
+    """
+    with torch.no_grad():
+        answers = [outputs_of(model(*sample)) for sample in inputs]
+    alike = []
+    for each in zip(*answers, strict=True):
+        together = torch.stack([y.double() for y in each])
+        softened = logits and each[0].dim() >= 2
+        mean = (together / TEMPERATURE).softmax(-1).mean(0).log() * TEMPERATURE if softened else together.mean(0)
+        alike.append(mean)
+    return sum(divergence(answer, alike, logits) for answer in answers) / len(answers)
+
+
 def divergences(
     model: fx.GraphModule,
     samples: Sequence[tuple[Tensor, ...]],

@@ -1,32 +1,33 @@
 """Carries out a plan: prune, factorize, distil, quantize, lower. What it makes is kept in the cache, by content."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from math import inf
-from typing import Any, Literal, cast
+from math import ceil, inf
+from typing import Any, cast
 
-import torch
 from torch import Tensor, fx, nn
 
 from edgebuild import built, cache
 from edgebuild.backends import Backend
-from edgebuild.base import SENSITIVITY_SAMPLES, Base, lifted_digest, spread
+from edgebuild.base import SENSITIVITY_SAMPLES, Base, lifted_digest, narrowed, spread
 from edgebuild.built import Built
 from edgebuild.clock import Progress
-from edgebuild.divergence import distance
+from edgebuild.compress import compress, halfway, hints_of, through
+from edgebuild.divergence import distance, indifference
 from edgebuild.environment import versions
-from edgebuild.lift import lift, stacked
+from edgebuild.lift import stacked
 from edgebuild.load import Loaded
-from edgebuild.spec import Distillation, Plan, Profile, Technique
+from edgebuild.spec import Distillation, Plan, Profile, Seconds, Technique
 from edgebuild.task import Module
 from edgebuild.training.objective import Hint
 from edgebuild.training.optimizer import ADAMW_RATE
 from edgebuild.training.run import Lesson, Training
-from edgebuild.transforms import distil, factorize, norms, prune, quantize
+from edgebuild.transforms import distil, quantize
 from edgebuild.verify import eager
 
 HELD_OUT = 128  # samples by which a training's weights are chosen
+FIRST = 1 / 3  # of the training, half way to a deep cut
 QAT_RATE = 0.3  # of the usual learning rate: the weights are to move by steps of their rounding
 
 
@@ -80,15 +81,43 @@ def _distilled(
     teacher: fx.GraphModule,
     progress: Progress,
 ) -> tuple[fx.GraphModule, str, int]:
-    """The model trained, how that went, and its steps. Plans that only round it otherwise take it from the cache."""
+    """The model trained, how that went, and its steps. Plans that only round it otherwise take it from the cache.
+
+    A cut that leaves nothing of what the model knows is made in two steps, with training in between (as Molchanov et
+    al. 2017, arXiv:1611.06440, in many).
+    """
     unrounded = replace(plan, precision="fp32", keep_fp32=(), scheme="static", qat_steps=0)
-    name = cache.key("trained", base.digest, _settings(unrounded, profile, None))
     settings = replace(profile.distillation, steps=plan.distil_steps)
-    hints = _hints(base, plan) if base.name != "student" and settings.hint_weight else ()
-    fresh = base.fresh and name not in base.made
-    kept = trained(model, teacher, loaded, settings, profile.seed, progress, name, hints, fresh)
-    base.made.add(name)
-    return kept
+    hinted = base.name != "student" and settings.hint_weight > 0
+
+    def taught(
+        model: fx.GraphModule, kind: str, plan: Plan, settings: Distillation, hints: tuple[Hint, ...]
+    ) -> tuple[fx.GraphModule, str, int]:
+        name = cache.key(kind, base.digest, _settings(plan, profile, None))
+        fresh = base.fresh and name not in base.made
+        kept = trained(model, teacher, loaded, settings, profile.seed, progress, name, hints, fresh)
+        base.made.add(name)
+        return kept
+
+    if not plan.widths or settings.steps == 1 or not _is_deep(base, model, loaded):
+        return taught(model, "trained", unrounded, settings, hints_of(base, plan) if hinted else ())
+    first, rest = halfway(unrounded)
+    begin = replace(settings, steps=ceil(FIRST * settings.steps), time=Seconds(FIRST * settings.time))
+    *_, (_, wide) = compress(base, first, loaded)
+    seen = hints_of(base, first) if hinted else ()
+    wide, begun, steps = taught(wide, "half way", first, begin, seen)
+    between = narrowed(base, wide, loaded, profile.seed)
+    *_, (_, model) = compress(between, rest, loaded)
+    left = replace(settings, steps=settings.steps - begin.steps, time=Seconds(settings.time - begin.time))
+    hints = through(seen, hints_of(between, rest)) if hinted else ()
+    model, ended, more = taught(model, "trained", unrounded, left, hints)
+    return model, f"half way to its widths {begun}; at its widths {ended}", steps + more
+
+
+def _is_deep(base: Base, model: fx.GraphModule, loaded: Loaded) -> bool:
+    """Whether a cut model is no better than one that answers whatever it is asked alike."""
+    samples, logits = spread(loaded.samples), loaded.task.outputs == "logits"
+    return distance(base.model, model, samples, logits) > indifference(base.model, samples, logits) > 0
 
 
 def _quantized(
@@ -126,43 +155,6 @@ def _kept(plan: Plan) -> tuple[str, ...]:
     """The layers that stay fp32, a factorized one by the names of its factors."""
     factors = [f"{form.layer}.{i}" for form in plan.forms if form.layer in plan.keep_fp32 for i in range(3)]
     return (*plan.keep_fp32, *factors)
-
-
-def compress(base: Base, plan: Plan, loaded: Loaded) -> Iterator[tuple[Literal["prune", "factorize"], fx.GraphModule]]:
-    """The model once pruned, then factorized as well; lifted again, so that the factors are layers of their own."""
-    model, inputs = base.model, loaded.task.example_inputs
-    if plan.widths:
-        model = prune.apply(model, inputs, base.facts, base.sensitivity, plan.widths)
-        if not plan.forms:
-            model = lift(model, inputs)
-        yield "prune", _normed(base, model, loaded)
-    if plan.forms:
-        seen = prune.moments_after(base.facts, base.sensitivity, plan.widths)
-        model = lift(factorize.apply(model, inputs, plan.forms, seen), inputs)
-        yield "factorize", _normed(base, model, loaded)
-
-
-def _normed(base: Base, model: fx.GraphModule, loaded: Loaded) -> fx.GraphModule:
-    """The model with its norms restated, where that brings it closer to the base's."""
-    samples, logits = loaded.samples[:SENSITIVITY_SAMPLES], loaded.task.outputs == "logits"
-    restated = norms.restated(model, loaded.samples)
-    if restated is model:
-        return model
-    return min((restated, model), key=lambda m: distance(base.model, m, samples, logits))
-
-
-def _hints(base: Base, plan: Plan) -> tuple[Hint, ...]:
-    """The features of every channel group that the plan's model shares with its original."""
-    kept = prune.kept_inputs(base.facts, base.sensitivity, plan.widths)
-    factorized = {form.layer for form in plan.forms}
-    hints = []
-    for group in base.facts.groups:
-        readers = prune.readers(group, base.facts)
-        if readers:
-            name = readers[0]
-            channels = kept.get(name, torch.arange(base.facts.layer(name).in_channels))
-            hints.append(Hint(name, f"{name}.0" if name in factorized else name, channels))
-    return tuple(hints)
 
 
 def train(

@@ -27,9 +27,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from compression import cifar  # noqa: E402
 
-from edgebuild import realise, trials  # noqa: E402
+from edgebuild import trials  # noqa: E402
 from edgebuild.backends import HOST, xnnpack  # noqa: E402
 from edgebuild.base import Base, prepare  # noqa: E402
+from edgebuild.compress import compress  # noqa: E402
 from edgebuild.divergence import distance  # noqa: E402
 from edgebuild.errors import SpecError  # noqa: E402
 from edgebuild.lift import lift  # noqa: E402
@@ -174,7 +175,7 @@ def build(base: Base, plan: Sequence[Candidate], loaded: Loaded, held_out: Tenso
     """The KL divergence (nats) of the plan's model from the original."""
     inputs, forms = loaded.task.example_inputs, plan_of(plan).forms
     model = base.model
-    for _, changed in realise.compress(base, plan_of(plan), loaded):
+    for _, changed in compress(base, plan_of(plan), loaded):
         model = changed
     cast = {candidate.choice.layer for candidate in plan if isinstance(candidate.choice, Cast)}
     if cast:

@@ -57,8 +57,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis": BASE | {"cache", "sensitivity", "built"},
     "base": MODEL
     | {"analysis", "environment", "load", "cache", "analyse", "sensitivity", "transforms", "trials", "backends"},
+    "compress": MODEL | {"base", "load", "divergence", "training", "transforms"},
     "realise": MODEL
-    | {"base", "built", "divergence"}
+    | {"base", "built", "compress", "divergence"}
     | {"environment", "clock", "training", "load", "cache", "transforms", "backends", "judge", "verify"},
     "inspection": MODEL | {"load", "analyse", "devices", "plan", "arena", "costs"},
     "report": BASE,

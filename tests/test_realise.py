@@ -1,18 +1,23 @@
 """What a plan becomes: the artifact itself is looked into."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from edgebuild.analyse import analyse
 from edgebuild.backends import HOST
-from edgebuild.base import Base, lifted_digest
+from edgebuild.base import Base, lifted_digest, prepare
+from edgebuild.built import Built
 from edgebuild.clock import Clock
+from edgebuild.compress import compress
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
-from edgebuild.realise import compress, realise
+from edgebuild.realise import realise
 from edgebuild.sensitivity import Sensitivity
-from edgebuild.spec import Budget, Form, Plan, Profile
+from edgebuild.spec import Budget, Form, Plan, Precision, Profile, Width
 from edgebuild.task import Task
+from edgebuild.transforms import distil
 
 PROFILE = Profile("p", "t", "host", "pte", (Budget("size", 1e6),))
 
@@ -44,3 +49,24 @@ def test_a_factorized_layer_that_is_kept_in_fp32_keeps_its_factors_so(empty_cach
     for name, weight in factors.items():
         if weight.ndim == 2:  # convolutions are left alone
             assert in_fp32(weight, data) == (name.partition(".")[0] in plan.keep_fp32), name
+
+
+def test_a_deep_cut_is_made_in_two_steps_with_training_in_between(small_net, images, empty_cache, monkeypatch):
+    profile = replace(PROFILE, techniques=("prune", "distil"))
+    loaded = Loaded("small", Task(small_net, images[0], list(images)), tuple(images), "")
+    base = prepare("model", lift(small_net, images[0]), loaded, profile, HOST, "", False)
+    told = Clock(lambda message, seconds: None).training
+
+    def built(share: float, precision: Precision = "fp32") -> Built:
+        widths = tuple(Width(g.name, max(1, int(g.channels * share)), g.channels) for g in base.facts.groups)
+        plan = Plan(widths=widths, precision=precision, distil=True, distil_steps=7)
+        return realise(base, plan, loaded, profile, base.model, told)
+
+    shallow, deep = built(0.9), built(0.2)
+    assert "half way" not in shallow.training and shallow.steps == 7
+    assert deep.training.startswith("half way to its widths 3 steps") and "at its widths 4 steps" in deep.training
+    assert deep.steps == 7
+    assert len(deep.artifact.data) < len(shallow.artifact.data)
+
+    monkeypatch.setattr(distil, "apply", None)
+    assert built(0.2, "int8").training == deep.training, "both trainings were kept"
