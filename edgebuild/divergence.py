@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from edgebuild.lift import batch_is_free, outputs_of, stacked
 
 # A trained classifier is so sure of itself that its gradients vanish; the softened distribution still ranks the
-# changes, and is the one that distillation fits.
+# changes, and is what distillation fits.
 TEMPERATURE = 4.0
 BATCH = 16
 

@@ -428,7 +428,7 @@ class Distillation:
 
     steps: int = 400
     learning_rate: float = 0.0
-    temperature: float = 4.0
+    temperature: float = 8.0
     teacher_weight: float = 0.95
     hint_weight: float = 0.0
     time: Seconds = Seconds(600.0)
