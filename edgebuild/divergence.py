@@ -48,10 +48,10 @@ def distance(model: nn.Module, other: nn.Module, inputs: Sequence[tuple[Tensor, 
 
 
 def indifference(model: nn.Module, inputs: Sequence[tuple[Tensor, ...]], logits: bool) -> float:
-    """What would be left of a model (nats a sample) that answers any of the inputs alike: all that it knows of them.
+    """The KL divergence (nats a sample) from a model to one that answers every input alike: all that it knows of them.
 
-    That answer is the mean of its softened distributions, or of its values: what is lost is the mutual information of
-    input and answer. Inputs of batch size 1.
+    That answer is the mean of its softened distributions, or of its values; the divergence is then the mutual
+    information of input and answer. Inputs of batch size 1.
     """
     with torch.no_grad():
         answers = [outputs_of(model(*sample)) for sample in inputs]

@@ -111,11 +111,11 @@ def _distilled(
     left = replace(settings, steps=settings.steps - begin.steps, time=Seconds(settings.time - begin.time))
     hints = through(seen, hints_of(between, rest)) if hinted else ()
     model, ended, more = taught(model, "trained", unrounded, left, hints)
-    return model, f"half way to its widths {begun}; at its widths {ended}", steps + more
+    return model, f"half way to its widths: {begun}; at its widths: {ended}", steps + more
 
 
 def _is_deep(base: Base, model: fx.GraphModule, loaded: Loaded) -> bool:
-    """Whether a cut model is no better than one that answers whatever it is asked alike."""
+    """Whether a cut model is no better than one that answers everything alike."""
     samples, logits = spread(loaded.samples), loaded.task.outputs == "logits"
     return distance(base.model, model, samples, logits) > indifference(base.model, samples, logits) > 0
 

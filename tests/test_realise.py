@@ -64,7 +64,7 @@ def test_a_deep_cut_is_made_in_two_steps_with_training_in_between(small_net, ima
 
     shallow, deep = built(0.9), built(0.2)
     assert "half way" not in shallow.training and shallow.steps == 7
-    assert deep.training.startswith("half way to its widths 3 steps") and "at its widths 4 steps" in deep.training
+    assert deep.training.startswith("half way to its widths: 3 steps") and "at its widths: 4 steps" in deep.training
     assert deep.steps == 7
     assert len(deep.artifact.data) < len(shallow.artifact.data)
 
