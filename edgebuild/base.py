@@ -12,7 +12,7 @@ from edgebuild.backends import Backend
 from edgebuild.environment import versions
 from edgebuild.load import Loaded
 from edgebuild.sensitivity import Sensitivity, measure, moments
-from edgebuild.spec import Candidate, ModelFacts, Profile, Scheme, Trial
+from edgebuild.spec import Candidate, ModelFacts, Profile, Scheme, Technique, Trial
 from edgebuild.transforms import factorize, prune, quantize
 
 SENSITIVITY_SAMPLES = 32
@@ -103,28 +103,32 @@ def prepare(
 
 def narrowed(base: Base, model: fx.GraphModule, loaded: Loaded, seed: int) -> Base:
     """The base with a model that was made of it, its channels ranked anew: to be cut further, not to be planned for."""
-    inputs, samples, logits = loaded.task.example_inputs, spread(loaded.samples), loaded.task.outputs == "logits"
-    facts = check_prunable(model, inputs, analyse(model, inputs))
-    seen = moments(model, facts, loaded.samples)
-    found = prune.ranked(model, facts, measure(model, facts, samples, {}, seen, logits, seed), samples, logits)
+    facts, found = _studied(model, loaded, ("prune",), seed)
     return replace(base, model=model, facts=facts, sensitivity=found, candidates=(), trials=())
 
 
-def _analysed(model: fx.GraphModule, loaded: Loaded, profile: Profile, backend: Backend) -> Analysis:
-    inputs = loaded.task.example_inputs
+def _studied(
+    model: fx.GraphModule, loaded: Loaded, techniques: Sequence[Technique], seed: int
+) -> tuple[ModelFacts, Sensitivity]:
+    """What a model consists of, and how sensitive it is to what the techniques would do to it."""
+    inputs, logits = loaded.task.example_inputs, loaded.task.outputs == "logits"
     facts = analyse(model, inputs)
-    techniques = profile.techniques
     facts = check_prunable(model, inputs, facts) if "prune" in techniques else facts
+    if not {"prune", "factorize", "quantize"} & set(techniques):
+        return facts, Sensitivity({}, {}, {}, {})
     samples = spread(loaded.samples)
-    logits = loaded.task.outputs == "logits"
+    seen = moments(model, facts, loaded.samples)
+    probes = factorize.probes(model, facts, seen, TILE) if "factorize" in techniques else {}
+    found = measure(model, facts, samples, probes, seen, logits, seed)
+    return facts, prune.ranked(model, facts, found, samples, logits) if "prune" in techniques else found
+
+
+def _analysed(model: fx.GraphModule, loaded: Loaded, profile: Profile, backend: Backend) -> Analysis:
+    inputs, samples, logits = loaded.task.example_inputs, spread(loaded.samples), loaded.task.outputs == "logits"
+    techniques = profile.techniques
+    facts, found = _studied(model, loaded, techniques, profile.seed)
     candidates: tuple[Candidate, ...] = ()
-    found = Sensitivity({}, {}, {}, {})
-    if {"prune", "factorize", "quantize"} & set(techniques):
-        seen = moments(model, facts, loaded.samples)
-        probes = factorize.probes(model, facts, seen, TILE) if "factorize" in techniques else {}
-        found = measure(model, facts, samples, probes, seen, logits, profile.seed)
     if "prune" in techniques:
-        found = prune.ranked(model, facts, found, samples, logits)
         candidates += prune.candidates(model, facts, found, samples, TILE, logits)
     if "factorize" in techniques:
         candidates += factorize.candidates(facts, found, TILE)
