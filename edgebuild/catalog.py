@@ -5,6 +5,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -17,6 +18,7 @@ from edgebuild.spec import (
     Budget,
     Calibration,
     Core,
+    Distillation,
     Plan,
     Profile,
     Target,
@@ -27,6 +29,14 @@ from edgebuild.units import Bytes, Percent, Quantity, Seconds, Throughput, parse
 T = TypeVar("T")
 
 MOST_THREADS = 256
+TRAINING_BOUNDS = (
+    ("steps", 0, inf),
+    ("learning_rate", 0, inf),
+    ("temperature", 0.1, 1000),
+    ("teacher_weight", 0, 1),
+    ("hint_weight", 0, inf),
+    ("cutmix", 0, 1),
+)
 
 _PACKAGE = Path(__file__).parent
 _BUDGET_UNITS: dict[Any, type[Quantity]] = {
@@ -223,10 +233,17 @@ def load_profile(name: str) -> Profile:
     _check_name(profile.name, path)
     if not 1 <= profile.threads <= MOST_THREADS:
         raise SpecError(f"{path}: threads = {profile.threads} is not between 1 and {MOST_THREADS}")
+    _check_training(profile.distillation, path)
     names = [beside(path, name) for name in profile.targets]
     profile = replace(profile, target=names[0], also_on=tuple(names[1:]))
     _check_alike(profile, list(_targets(profile, path)), path)
     return profile
+
+
+def _check_training(settings: Distillation, path: Path) -> None:
+    for name, least, most in TRAINING_BOUNDS:
+        if not least <= (value := getattr(settings, name)) <= most:
+            raise SpecError(f"{path}: distillation.{name} = {value:g} is not between {least:g} and {most:g}")
 
 
 def _check_alike(profile: Profile, targets: Sequence[Target], path: Path) -> None:

@@ -423,7 +423,8 @@ class Distillation:
     `steps` fixes the length, so that the same build gives the same bytes; `time` then only ends a training that takes
     too long. With `steps` 0 a training has as many steps as fit into `time`. `learning_rate`: the peak; 0 for the
     optimizer's usual one. `teacher_weight`: the share of the softened KL term where there are labels; `hint_weight`:
-    what the error of the features is multiplied by, 0 to leave them out.
+    what the error of the features is multiplied by, 0 to leave them out. `cutmix`: the share of a batch of images into
+    which a part of another one is pasted (Yun et al. 2019, 1905.04899), 0 for none.
     """
 
     steps: int = 400
@@ -431,6 +432,7 @@ class Distillation:
     temperature: float = 8.0
     teacher_weight: float = 0.95
     hint_weight: float = 0.0
+    cutmix: float = 0.5
     time: Seconds = Seconds(600.0)
 
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from edgebuild.spec import Distillation
 
+UNLABELLED = -100  # the label of a row that has none, as in PyTorch's cross-entropy
+
 
 def objective(
     results: tuple[Tensor, ...], taught: tuple[Tensor, ...], labels: Tensor | None, settings: Distillation, logits: bool
 ) -> Tensor:
     """The training loss of a batch, a scalar.
 
-    The KL divergence between the softened outputs times T^2, mixed with cross-entropy where there are labels; the mean
-    squared error for outputs that are no logits.
+    The KL divergence between the softened outputs times T^2, mixed with cross-entropy where there are labels, rows
+    without one counting as 0; the mean squared error for outputs that are no logits.
     """
     soft, hard = [], []
     for result, target in zip(results, taught, strict=False):
@@ -33,11 +35,17 @@ def objective(
         else:
             soft.append(F.mse_loss(result, target))
     if labels is not None:
-        hard.append(F.cross_entropy(results[0], labels) if logits else F.mse_loss(results[0], labels))
+        hard.append(_cross_entropy(results[0], labels) if logits else F.mse_loss(results[0], labels))
     if soft and hard:
         share = settings.teacher_weight
         return share * torch.stack(soft).sum() + (1 - share) * torch.stack(hard).sum()
     return torch.stack(soft or hard).sum()
+
+
+def _cross_entropy(result: Tensor, labels: Tensor) -> Tensor:
+    """The mean over all rows, so that the mean over several processes' rows is the same wherever the labels are."""
+    rows = result.numel() / result.shape[1]
+    return F.cross_entropy(result, labels, ignore_index=UNLABELLED, reduction="sum") / rows
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from edgebuild.divergence import divergence
 from edgebuild.lift import outputs_of, stacked
 from edgebuild.spec import Distillation
 from edgebuild.training import checkpoint, optimizer, processes
+from edgebuild.training.mixing import mixed
 from edgebuild.training.objective import Hint, Watched, feature_loss, objective
 from edgebuild.training.stream import Stream
 from edgebuild.training.teacher import Teacher
@@ -203,7 +204,7 @@ class Run:
                 break
 
     def _one(self, watched: tuple[Watched, ...]) -> None:
-        batch = self._placed(*next(self.stream))
+        batch = self._placed(*self._mixed(*next(self.stream), self.step))
         taught: tuple[Tensor, ...] = ()
         if self.teacher is not None:
             taught = self.teacher.outputs(batch[0]) if watched else self.teacher(batch[0])
@@ -223,6 +224,13 @@ class Run:
         self.average.update_parameters(self.model)
         self.step += 1
         self.losses.append(whole)
+
+    def _mixed(self, inputs: tuple[Tensor, ...], labels: Tensor | None, step: int) -> tuple[Any, Tensor | None]:
+        """The batch of a step with what the teacher is asked beyond it; the same at each call."""
+        share = self.settings.cutmix
+        if self.teacher is None or not share:
+            return inputs, labels
+        return mixed(inputs, labels, share, (self.lesson.seed << 32) + step)
 
     def _placed(self, inputs: tuple[Tensor, ...], labels: Tensor | None) -> Batch:
         """This process's part of a batch where it is computed, and by what its loss counts in the mean of all parts."""
@@ -322,9 +330,9 @@ class Run:
         average = AveragedModel(scratch, use_buffers=True)
         stream = Stream(batches, self.lesson.labelled, self.lesson.seed)
         learning, teaching = [], []
-        for _ in range(PROBED_STEPS):
+        for step in range(PROBED_STEPS):
             began = time.monotonic()
-            batch = self._placed(*next(stream))
+            batch = self._placed(*self._mixed(*next(stream), step))
             made = time.monotonic()
             taught = self.teacher.outputs(batch[0]) if self.teacher is not None else ()
             told = time.monotonic()

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from edgebuild.spec import Distillation
-from edgebuild.training.objective import Hint, Watched, feature_loss, objective
+from edgebuild.training.objective import UNLABELLED, Hint, Watched, feature_loss, objective
 from edgebuild.training.run import Lesson
 from edgebuild.transforms import distil
 
@@ -19,6 +19,9 @@ def test_the_loss_is_kl_times_t_squared_mixed_with_cross_entropy():
     assert float(objective((Y,), (), torch.tensor([1]), SETTINGS, True)) == pytest.approx(hard)
     both = objective((Y,), (T,), torch.tensor([1]), SETTINGS, True)
     assert float(both) == pytest.approx(0.25 * soft + 0.75 * hard)
+    two = objective((torch.cat((Y, Y)),), (), torch.tensor([1, UNLABELLED]), SETTINGS, True)
+    assert float(two) == pytest.approx(hard / 2)  # a row without a label counts as 0
+    assert float(objective((Y,), (), torch.tensor([[0.0, 1.0, 0.0]]), SETTINGS, True)) == pytest.approx(hard)
     assert float(objective((Y,), (T,), None, SETTINGS, False)) == pytest.approx(2.0)  # mean of 1, 4 and 1
 
 
