@@ -1,7 +1,7 @@
 """Further questions to the teacher: samples with a part of another one in them.
 
-CutMix (Yun et al. 2019, arXiv:1905.04899), where the teacher says what is seen instead of the labels (Beyer et al. 2022,
-arXiv:2106.05237). A teacher is surest of what it was trained on, and tells least about it.
+CutMix (Yun et al. 2019, arXiv:1905.04899), where the teacher says what is seen instead of the labels (Beyer et al.
+2022, arXiv:2106.05237). A teacher is surest of what it was trained on, and tells least about it.
 """
 
 import torch
@@ -15,9 +15,9 @@ def mixed(
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """A batch with a box of another sample in a share of its rows, which have no label then.
 
-    Only one input of float [n, c, h, w] (images, spectrograms) with int64 class labels [n, ...] or none is mixed; others
-    come back as they are. A box covers a uniform share of its sample before it is cut at the border. The rows are
-    spread evenly over the batch, so that every part of it has as many. `seed`: the same gives the same.
+    Only one input of float [n, c, h, w] (images, spectrograms) with int64 class labels [n, ...] or none is mixed;
+    others come back as they are. A box covers a uniform share of its sample before it is cut at the border. The rows
+    are spread evenly over the batch, so that every part of it has as many. `seed`: the same gives the same.
     """
     if not _can_be(inputs, labels):
         return inputs, labels

@@ -204,7 +204,7 @@ class Run:
                 break
 
     def _one(self, watched: tuple[Watched, ...]) -> None:
-        batch = self._placed(*self._mixed(*next(self.stream), self.step))
+        batch = self._batch(self.stream, self.step)
         taught: tuple[Tensor, ...] = ()
         if self.teacher is not None:
             taught = self.teacher.outputs(batch[0]) if watched else self.teacher(batch[0])
@@ -225,15 +225,14 @@ class Run:
         self.step += 1
         self.losses.append(whole)
 
-    def _mixed(self, inputs: tuple[Tensor, ...], labels: Tensor | None, step: int) -> tuple[Any, Tensor | None]:
-        """The batch of a step with what the teacher is asked beyond it; the same at each call."""
-        share = self.settings.cutmix
-        if self.teacher is None or not share:
-            return inputs, labels
-        return mixed(inputs, labels, share, (self.lesson.seed << 32) + step)
+    def _batch(self, stream: Stream, step: int) -> Batch:
+        """This process's part of a step's batch where it is computed, and by what its loss counts in the mean of all.
 
-    def _placed(self, inputs: tuple[Tensor, ...], labels: Tensor | None) -> Batch:
-        """This process's part of a batch where it is computed, and by what its loss counts in the mean of all parts."""
+        With what the teacher is asked beyond the task's samples; a step gives the same at each call.
+        """
+        inputs, labels = next(stream)
+        if self.teacher is not None and self.settings.cutmix:
+            inputs, labels = mixed(inputs, labels, self.settings.cutmix, (self.lesson.seed << 32) + step)
         inputs, labels, weight = processes.part(inputs, labels)
         inputs = tuple(x.to(self.device) for x in inputs)
         if self.channels_last:
@@ -314,11 +313,18 @@ class Run:
             learning, teaching = faster if bf16 else (learning, teaching)
         if settings.steps:
             return bf16, settings.steps
-        kept = self.teacher.kept if self.teacher else 0
+        kept = self._kept(batches)
         steps = settings.time / learning
         if steps > kept:  # the teacher has to compute the batches beyond those that it kept
             steps = kept + max(0.0, settings.time - kept * learning) / (learning + teaching)
         return bf16, max(1, int(steps))
+
+    def _kept(self, batches: Callable[[], Iterable[Any]]) -> int:
+        """For how many batches the teacher need not compute: none, if it does for the first."""
+        if self.teacher is None:
+            return 0
+        first, _, _ = self._batch(Stream(batches, self.lesson.labelled, self.lesson.seed), 0)
+        return processes.agree(self.teacher.kept if self.teacher.remembers(first) else 0)
 
     def _seconds(self, batches: Callable[[], Iterable[Any]], bf16: bool) -> tuple[float, float]:
         """Seconds of a step of a copy of the student, making the batch included, and of the teacher for it."""
@@ -332,7 +338,7 @@ class Run:
         learning, teaching = [], []
         for step in range(PROBED_STEPS):
             began = time.monotonic()
-            batch = self._placed(*self._mixed(*next(stream), step))
+            batch = self._batch(stream, step)
             made = time.monotonic()
             taught = self.teacher.outputs(batch[0]) if self.teacher is not None else ()
             told = time.monotonic()

@@ -60,6 +60,10 @@ class Teacher:
         self._write(key, outputs)
         return outputs
 
+    def remembers(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether a batch's outputs were kept."""
+        return self._read(_digest(inputs)) is not None
+
     def outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs for a batch, computed in any case: whoever wants the model's features needs its forward pass."""
         self.computed += 1

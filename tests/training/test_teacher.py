@@ -28,6 +28,7 @@ def test_outputs_are_computed_once_even_by_another_teacher_of_the_same_digest():
     other = Teacher(net(), "a")
     assert torch.equal(other(X)[0], outputs[0]) and (other.kept, other.computed, other.recalled) == (1, 0, 1)
     assert Teacher(net(), "b").kept == 0
+    assert other.remembers(X) and not other.remembers((X[0] + 1,)) and not Teacher(net(), "b").remembers(X)
 
 
 def test_other_inputs_are_other_batches():
