@@ -123,7 +123,7 @@ def _score(base: Base, loaded: Loaded, clock: Clock) -> tuple[float, int]:
     model = Teacher(base.model, known)
 
     def predict(*inputs: Tensor) -> Any:
-        outputs = model(inputs)
+        outputs = model(inputs).outputs
         return outputs[0] if len(outputs) == 1 else outputs
 
     score = verify.score(loaded, predict)

@@ -49,18 +49,22 @@ def halfway(plan: Plan) -> tuple[Plan, Plan]:
     return replace(plan, widths=first, forms=()), replace(plan, widths=second)
 
 
-def hints_of(base: Base, plan: Plan) -> tuple[Hint, ...]:
-    """The features of every channel group that the plan's model shares with its original."""
+def hints_of(base: Base, plan: Plan, which: Literal["none", "vectors", "all"]) -> tuple[Hint, ...]:
+    """The features that the plan's model shares with its original, one for each channel group that is read.
+
+    "vectors": of those that a layer reads as one vector of a sample, as a classifier does.
+    """
     kept = prune.kept_inputs(base.facts, base.sensitivity, plan.widths)
     factorized = {form.layer for form in plan.forms}
-    found = []
-    for group in base.facts.groups:
-        readers = prune.readers(group, base.facts)
-        if readers:
-            name = readers[0]
-            channels = kept.get(name, torch.arange(base.facts.layer(name).in_channels))
-            found.append(Hint(name, f"{name}.0" if name in factorized else name, channels))
-    return tuple(found)
+    found = {}
+    for group in base.facts.groups if which != "none" else ():
+        readers = [base.facts.layer(name) for name in prune.readers(group, base.facts)]
+        vectors = [layer for layer in readers if layer.in_elements == layer.in_channels]
+        for layer in (vectors if which == "vectors" else readers)[:1]:
+            channels = kept.get(layer.name, torch.arange(layer.in_channels))
+            read = f"{layer.name}.0" if layer.name in factorized else layer.name
+            found[layer.name] = Hint(layer.name, read, channels)
+    return tuple(found.values())
 
 
 def through(first: tuple[Hint, ...], second: tuple[Hint, ...]) -> tuple[Hint, ...]:

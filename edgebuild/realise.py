@@ -88,7 +88,7 @@ def _distilled(
     """
     unrounded = replace(plan, precision="fp32", keep_fp32=(), scheme="static", qat_steps=0)
     settings = replace(profile.distillation, steps=plan.distil_steps)
-    hinted = base.name != "student" and settings.hint_weight > 0
+    which = settings.hints if base.name != "student" and settings.hint_weight else "none"
 
     def taught(
         model: fx.GraphModule, kind: str, plan: Plan, settings: Distillation, hints: tuple[Hint, ...]
@@ -100,16 +100,16 @@ def _distilled(
         return kept
 
     if not plan.widths or settings.steps == 1 or not _is_deep(base, model, loaded):
-        return taught(model, "trained", unrounded, settings, hints_of(base, plan) if hinted else ())
+        return taught(model, "trained", unrounded, settings, hints_of(base, plan, which))
     first, rest = halfway(unrounded)
     begin = replace(settings, steps=ceil(FIRST * settings.steps), time=Seconds(FIRST * settings.time))
     *_, (_, wide) = compress(base, first, loaded)
-    seen = hints_of(base, first) if hinted else ()
+    seen = hints_of(base, first, which)
     wide, begun, steps = taught(wide, "half way", first, begin, seen)
     between = narrowed(base, wide, loaded, profile.seed)
     *_, (_, model) = compress(between, rest, loaded)
     left = replace(settings, steps=settings.steps - begin.steps, time=Seconds(settings.time - begin.time))
-    hints = through(seen, hints_of(between, rest)) if hinted else ()
+    hints = through(seen, hints_of(between, rest, which))
     model, ended, more = taught(model, "trained", unrounded, left, hints)
     return model, f"half way to its widths: {begun}; at its widths: {ended}", steps + more
 

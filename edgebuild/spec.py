@@ -422,16 +422,18 @@ class Distillation:
 
     `steps` fixes the length, so that the same build gives the same bytes; `time` then only ends a training that takes
     too long. With `steps` 0 a training has as many steps as fit into `time`. `learning_rate`: the peak; 0 for the
-    optimizer's usual one. `teacher_weight`: the share of the softened KL term where there are labels; `hint_weight`:
-    what the error of the features is multiplied by, 0 to leave them out. `cutmix`: the share of a batch of images into
-    which a part of another one is pasted (Yun et al. 2019, 1905.04899), 0 for none.
+    optimizer's usual one. `teacher_weight`: the share of the softened KL term where there are labels. `hints`: which
+    features are learned too, "vectors" (what a classifier reads, and other layers that read one vector of a sample),
+    "all" channel groups or "none"; `hint_weight`: what their error is multiplied by. `cutmix`: the share of a batch of
+    images into which a part of another one is pasted (Yun et al. 2019, 1905.04899), 0 for none.
     """
 
     steps: int = 400
     learning_rate: float = 0.0
     temperature: float = 8.0
     teacher_weight: float = 0.95
-    hint_weight: float = 0.0
+    hints: Literal["none", "vectors", "all"] = "vectors"
+    hint_weight: float = 0.3
     cutmix: float = 0.5
     time: Seconds = Seconds(600.0)
 

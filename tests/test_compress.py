@@ -59,12 +59,14 @@ def test_hints_of_a_model_that_was_cut_twice_are_the_originals_channels(small_ne
     *_, (_, wide) = compress(base, first, loaded)
     between = narrowed(base, wide, loaded, 0)
     *_, (_, twice) = compress(between, rest, loaded)
-    hints = through(hints_of(base, first), hints_of(between, rest))
-    assert [hint.layer for hint in hints] == [hint.layer for hint in hints_of(base, quarter(base))]
+    hints = through(hints_of(base, first, "all"), hints_of(between, rest, "all"))
+    assert [hint.layer for hint in hints] == [hint.layer for hint in hints_of(base, quarter(base), "all")]
     watched = Watched(twice, tuple(hint.student_layer for hint in hints))
     twice(*images[0])
     for hint in hints:
         assert watched.read[hint.student_layer].shape[1] == len(hint.channels)
         assert int(hint.channels.max()) < base.facts.layer(hint.layer).in_channels
+    vectors = hints_of(base, quarter(base), "vectors")
+    assert [hint.layer for hint in vectors] == ["hidden", "classify"] and not hints_of(base, first, "none")
     kept = through((Hint("a", "a", torch.tensor([1, 3, 5])),), (Hint("a", "a.0", torch.tensor([0, 2])),))
     assert kept[0].student_layer == "a.0" and kept[0].channels.tolist() == [1, 5]

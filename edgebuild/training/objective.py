@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgebuild.spec import Distillation
+from edgebuild.training import processes
 
 UNLABELLED = -100  # the label of a row that has none, as in PyTorch's cross-entropy
 
@@ -79,13 +80,21 @@ class Watched:
 
 
 def feature_loss(
-    hints: tuple[Hint, ...], student: Mapping[str, Tensor], taught: Mapping[str, Tensor], teacher: nn.Module
+    hints: tuple[Hint, ...],
+    student: Mapping[str, Tensor],
+    taught: Mapping[str, Tensor],
+    teacher: nn.Module,
+    weight: float = 1.0,
 ) -> Tensor:
-    """Mean over the hints of the squared error by the variance of what the teacher reads: 1 for a constant guess."""
+    """Mean over the hints of the squared error by the variance of what the teacher reads: 1 for a constant guess.
+
+    Of a part of a batch, it is by the variance of the whole; `weight`: what the part counts in the mean of all parts.
+    """
     losses = []
     for hint in hints:
         axis = 1 if isinstance(teacher.get_submodule(hint.layer), nn.Conv2d) else -1
-        wanted = taught[hint.layer].detach().index_select(axis, hint.channels)
-        error = (student[hint.student_layer].float() - wanted).square().mean()
-        losses.append(error / wanted.var().clamp(min=1e-8))
-    return torch.stack(losses).mean()
+        wanted = taught[hint.layer].index_select(axis, hint.channels.to(taught[hint.layer].device))
+        error = (student[hint.student_layer].to(wanted.dtype) - wanted).square().mean()
+        mean, square = (float(processes.mean(x.mean() * weight)) for x in (wanted, wanted.square()))
+        losses.append(error / max(square - mean**2, 1e-8))
+    return torch.stack(losses).mean() * weight

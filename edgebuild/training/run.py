@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from edgebuild.training import checkpoint, optimizer, processes
 from edgebuild.training.mixing import mixed
 from edgebuild.training.objective import Hint, Watched, feature_loss, objective
 from edgebuild.training.stream import Stream
-from edgebuild.training.teacher import Teacher
+from edgebuild.training.teacher import UNTAUGHT, Taught, Teacher
 
 REPORTS = 10  # times that a training tells how it stands
 PROBED_STEPS = 4  # to see how fast it is; the first, which warms up, does not count
@@ -152,12 +152,11 @@ class Run:
     def finish(self) -> tuple[nn.Module, Training]:
         """Train to the end; the trained model and how it went. Raises Diverged."""
         before = self._close(copy.deepcopy(self.student).to(self.device))
-        watched = self._watch()
-        try:
-            self._steps(watched)
-        finally:
-            for part in watched:
-                part.close()
+        if self.lesson.hints and self.teacher is not None:
+            with closing(Watched(self.model, tuple(hint.student_layer for hint in self.lesson.hints))) as watched:
+                self._steps(watched)
+        else:
+            self._steps(None)
         kept, model, after = self._best(before)
         if self.teacher is not None:
             self.teacher.model.cpu()
@@ -190,7 +189,7 @@ class Run:
         self.progress(Standing(self.step, self.steps, self.losses[-1], close.agreement if close else None, left))
         self._shorten(seconds, left)
 
-    def _steps(self, watched: tuple[Watched, ...]) -> None:
+    def _steps(self, watched: Watched | None) -> None:
         saved = time.monotonic()
         while self.step < self.steps:
             self._one(watched)
@@ -203,15 +202,13 @@ class Run:
             if self.settings.steps and processes.agree(seconds) > self.settings.time:
                 break
 
-    def _one(self, watched: tuple[Watched, ...]) -> None:
+    def _one(self, watched: Watched | None) -> None:
         batch = self._batch(self.stream, self.step)
-        taught: tuple[Tensor, ...] = ()
-        if self.teacher is not None:
-            taught = self.teacher.outputs(batch[0]) if watched else self.teacher(batch[0])
+        taught = self.teacher(batch[0]) if self.teacher is not None else UNTAUGHT
         loss = self._loss(batch, taught, self.trained)
-        if watched and self.teacher is not None:
-            features = feature_loss(self.lesson.hints, watched[0].read, watched[1].read, self.teacher.model)
-            loss = loss + self.settings.hint_weight * features * batch[2]
+        if watched is not None and self.teacher is not None:
+            features = feature_loss(self.lesson.hints, watched.read, taught.features, self.teacher.model, batch[2])
+            loss = loss + self.settings.hint_weight * features
         whole = float(processes.mean(loss.detach()))
         if not math.isfinite(whole):
             raise Diverged(self.step, whole)
@@ -239,22 +236,13 @@ class Run:
             inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
         return inputs, labels.to(self.device) if labels is not None else None, weight
 
-    def _loss(self, batch: Batch, taught: tuple[Tensor, ...], model: nn.Module) -> Tensor:
+    def _loss(self, batch: Batch, taught: Taught, model: nn.Module) -> Tensor:
         inputs, labels, weight = batch
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             results = outputs_of(model(*inputs))
-        taught = tuple(y.to(self.device) for y in taught)
         if self.bf16:
             results = tuple(y.float() for y in results)
-        return objective(results, taught, labels, self.settings, self.lesson.logits) * weight
-
-    def _watch(self) -> tuple[Watched, ...]:
-        if not self.lesson.hints or self.teacher is None or not self.settings.hint_weight:
-            return ()
-        return (
-            Watched(self.model, tuple(hint.student_layer for hint in self.lesson.hints)),
-            Watched(self.teacher.model, tuple(hint.layer for hint in self.lesson.hints)),
-        )
+        return objective(results, taught.outputs, labels, self.settings, self.lesson.logits) * weight
 
     def _shorten(self, seconds: float, left: float) -> None:
         """Fit what is left of the schedule into the time that is left, where the machine got slower than it was."""
@@ -273,7 +261,7 @@ class Run:
         batch = tuple(x.to(self.device) for x in together)
         with _evaluating(model), torch.no_grad():
             found = [y.cpu() for y in outputs_of(model(*batch))]
-        wanted = [y.cpu() for y in self.teacher(batch)]
+        wanted = [y.cpu() for y in self.teacher(batch).outputs]
         agreement = float((found[0].argmax(-1) == wanted[0].argmax(-1)).float().mean()) if self.lesson.logits else None
         return Closeness(divergence(wanted, found, self.lesson.logits), agreement)
 
@@ -340,7 +328,7 @@ class Run:
             began = time.monotonic()
             batch = self._batch(stream, step)
             made = time.monotonic()
-            taught = self.teacher.outputs(batch[0]) if self.teacher is not None else ()
+            taught = self.teacher.computed_for(batch[0]) if self.teacher is not None else UNTAUGHT
             told = time.monotonic()
             updates.zero_grad(set_to_none=True)
             self._loss(batch, taught, scratch).backward()

@@ -1,13 +1,14 @@
-"""The teacher's outputs, computed once for each batch and kept: training repeats the task's batches over and over.
+"""What the teacher says of each batch, computed once and kept: training repeats the task's batches over and over.
 
 Kept by the batch's content, so that nothing has to be known of how the task makes its batches: every round, finish and
-profile that meets the same batch takes the same outputs.
+profile that meets the same batch takes the same outputs, and the features with them where they are few.
 """
 
 import contextlib
 import hashlib
 import sqlite3
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,35 @@ from torch import Tensor, nn
 
 from edgebuild import cache
 from edgebuild.lift import outputs_of
+from edgebuild.training.objective import Watched
 
 KIND = "teacher"
-MOST_KEPT = 512 * 2**20  # bytes of one teacher's outputs
+FEATURE = "read by "
+MOST_KEPT = 512 * 2**20  # bytes of what one teacher said
+FEW = 1024  # features of a sample, to be kept with its outputs
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher says of a batch: its outputs, and what its layers read, by their names. Detached."""
+
+    outputs: tuple[Tensor, ...]
+    features: Mapping[str, Tensor]
+
+
+UNTAUGHT = Taught((), {})
 
 
 class Teacher:
     """A model whose outputs are remembered. `digest` says which model it is; "" remembers nothing.
 
-    `kept` counts the batches that were remembered at the start, `computed` and `recalled` those since then. With `bf16`
-    it computes in that, where the CPU is faster with it; what was remembered in another precision is still taken.
+    It also says what its `layers` read. `kept` counts the batches that were remembered at the start, `computed` and
+    `recalled` those since then. With `bf16` it computes in that, where the CPU is faster with it; what was remembered
+    in another precision is still taken.
     """
 
-    def __init__(self, model: nn.Module, digest: str = ""):
-        self.model, self.bf16 = model.eval(), False
+    def __init__(self, model: nn.Module, digest: str = "", layers: tuple[str, ...] = ()):
+        self.model, self.layers, self.bf16 = model.eval(), layers, False
         self.kept = self.computed = self.recalled = 0
         self._store: sqlite3.Connection | None = None
         self._size = 0
@@ -49,29 +65,35 @@ class Teacher:
         self.kept, self._size = counted
         self._store = store
 
-    def __call__(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The outputs for a batch, detached."""
+    def __call__(self, inputs: tuple[Tensor, ...]) -> Taught:
+        """What it says of a batch, computed where it is not remembered."""
         key = _digest(inputs) if self._store is not None else b""
-        found = self._read(key)
-        if found is not None:
+        taught = self._read(key)
+        if taught is not None:
             self.recalled += 1
-            return found
-        outputs = self.outputs(inputs)
-        self._write(key, outputs)
-        return outputs
+            device = inputs[0].device
+            features = {name: x.to(device) for name, x in taught.features.items()}
+            return Taught(tuple(y.to(device) for y in taught.outputs), features)
+        taught = self.computed_for(inputs)
+        self._write(key, taught)
+        return taught
 
     def remembers(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether a batch's outputs were kept."""
         return self._read(_digest(inputs)) is not None
 
-    def outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The outputs for a batch, computed in any case: whoever wants the model's features needs its forward pass."""
+    def computed_for(self, inputs: tuple[Tensor, ...]) -> Taught:
+        """What it says of a batch, computed in any case."""
         self.computed += 1
-        with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.bf16):
+        with (
+            contextlib.closing(Watched(self.model, self.layers)) as watched,
+            torch.no_grad(),
+            torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.bf16),
+        ):
             results = outputs_of(self.model(*inputs))
-        return tuple(y.float() if y.dtype == torch.bfloat16 else y for y in results)
+        return Taught(tuple(map(_widened, results)), {name: _widened(x) for name, x in watched.read.items()})
 
-    def _read(self, key: bytes) -> tuple[Tensor, ...] | None:
+    def _read(self, key: bytes) -> Taught | None:
         if self._store is None:
             return None
         try:
@@ -80,18 +102,29 @@ class Teacher:
         except Exception:  # damaged, in whatever way: it is computed again
             self._store = None
             return None
-        return tuple(tensors[name] for name in sorted(tensors)) or None
+        features = {name: tensors[FEATURE + name] for name in self.layers if FEATURE + name in tensors}
+        if not tensors or len(features) < len(self.layers):
+            return None
+        return Taught(tuple(tensors[name] for name in sorted(tensors) if not name.startswith(FEATURE)), features)
 
-    def _write(self, key: bytes, outputs: tuple[Tensor, ...]) -> None:
+    def _write(self, key: bytes, taught: Taught) -> None:
         if self._store is None or self._size > MOST_KEPT:
             return
-        data = save({f"{i:03}": y.contiguous().cpu() for i, y in enumerate(outputs)})
+        if sum(x[0].numel() for x in taught.features.values()) > FEW:
+            return
+        tensors = {f"{i:03}": y for i, y in enumerate(taught.outputs)}
+        tensors |= {FEATURE + name: x for name, x in taught.features.items()}
+        data = save({name: x.contiguous().cpu() for name, x in tensors.items()})
         try:
             self._store.execute("INSERT OR REPLACE INTO outputs VALUES (?, ?)", (key, data))
             self._size += len(data)
         except sqlite3.Error as error:  # the disk is full, or the cache is read-only, or somebody deleted it
             cache.not_kept(error)
             self._size = MOST_KEPT + 1
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _writable(path: Path) -> sqlite3.Connection:

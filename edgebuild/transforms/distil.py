@@ -47,7 +47,8 @@ def _train(
     lesson: Lesson,
     progress: Progress,
 ) -> tuple[nn.Module, Training]:
-    taught = Teacher(norms.folded(teacher), lesson.digest) if teacher is not None else None
+    layers = tuple(hint.layer for hint in lesson.hints)
+    taught = Teacher(norms.folded(teacher), lesson.digest, layers) if teacher is not None else None
     rate = lesson.settings.learning_rate
     for restart in range(MOST_RESTARTS + 1):
         run = Run(student, taught, batches, lesson, rate, progress)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from edgebuild.spec import Distillation
 from edgebuild.training import processes, run
+from edgebuild.training.objective import Hint
 from edgebuild.transforms import distil
 
 torch.set_num_threads(1)
@@ -32,7 +33,8 @@ def batches():
 for labelled in (False, True):
     if processes.rank() == 0:
         held_out = tuple((x,) for x in torch.ones(4, 1, 6, 6).double().split(1))
-        lesson = run.Lesson(Distillation(steps=12), labelled, True, 0, held_out=held_out)
+        hints = (Hint("4", "4", torch.arange(8 * 16)),)
+        lesson = run.Lesson(Distillation(steps=12), labelled, True, 0, hints, held_out)
         trained, how = distil.apply(net(1), net(2), batches, lesson)
         save_file(trained.state_dict(), f"{sys.argv[1]}-{labelled}")
         print(how.how)
