@@ -242,7 +242,8 @@ def load_profile(name: str) -> Profile:
 
 def _check_training(settings: Distillation, path: Path) -> None:
     for name, least, most in TRAINING_BOUNDS:
-        if not least <= (value := getattr(settings, name)) <= most:
+        value = getattr(settings, name)
+        if value is not None and not least <= value <= most:
             raise SpecError(f"{path}: distillation.{name} = {value:g} is not between {least:g} and {most:g}")
 
 

@@ -1,11 +1,12 @@
 """Carries out a plan: prune, factorize, distil, quantize, lower. What it makes is kept in the cache, by content."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from math import ceil, inf
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from edgebuild import built, cache
@@ -171,8 +172,9 @@ def train(
 
     `keep` names the training, so that it goes on where it was killed.
     """
+    cutmix = settings.cutmix if settings.cutmix is not None else float(loaded.task.train is None)
     lesson = Lesson(
-        settings,
+        replace(settings, cutmix=cutmix),
         labelled=loaded.task.labelled and loaded.task.train is not None,
         logits=loaded.task.outputs == "logits",
         seed=seed,
@@ -211,9 +213,10 @@ def training_batches(loaded: Loaded) -> Callable[[], Any]:
     return loaded.task.train or (lambda: calibration_batches(loaded))
 
 
-def calibration_batches(loaded: Loaded, size: int = 32) -> list[tuple[Tensor, ...]]:
-    """The calibration samples as batches, for training without training data."""
-    return list(stacked(loaded.samples, size))
+def calibration_batches(loaded: Loaded, size: int = 32) -> Iterator[tuple[Tensor, ...]]:
+    """The calibration samples as shuffled batches, for training without training data."""
+    order = torch.randperm(len(loaded.samples)).tolist()
+    return stacked([loaded.samples[i] for i in order], size)
 
 
 def _sram(backend: Backend, profile: Profile) -> float:

@@ -425,7 +425,8 @@ class Distillation:
     optimizer's usual one. `teacher_weight`: the share of the softened KL term where there are labels. `hints`: which
     features are learned too, "vectors" (what a classifier reads, and other layers that read one vector of a sample),
     "all" channel groups or "none"; `hint_weight`: what their error is multiplied by. `cutmix`: the share of a batch of
-    images into which a part of another one is pasted (Yun et al. 2019, 1905.04899), 0 for none.
+    images into which a part of another one is pasted (Yun et al. 2019, 1905.04899); without a value all where only the
+    calibration samples are there to train on, and none of a task's own training batches.
     """
 
     steps: int = 400
@@ -434,7 +435,7 @@ class Distillation:
     teacher_weight: float = 0.95
     hints: Literal["none", "vectors", "all"] = "vectors"
     hint_weight: float = 0.3
-    cutmix: float = 0.5
+    cutmix: float | None = None
     time: Seconds = Seconds(600.0)
 
 

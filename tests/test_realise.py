@@ -68,5 +68,9 @@ def test_a_deep_cut_is_made_in_two_steps_with_training_in_between(small_net, ima
     assert deep.steps == 7
     assert len(deep.artifact.data) < len(shallow.artifact.data)
 
+    assert "100% of each batch mixed by CutMix" in shallow.training, "there are no samples but the calibration's"
+    loaded = replace(loaded, task=replace(loaded.task, train=lambda: [torch.cat([x for (x,) in images])]))
+    assert "CutMix" not in built(0.8).training
+
     monkeypatch.setattr(distil, "apply", None)
     assert built(0.2, "int8").training == deep.training, "both trainings were kept"

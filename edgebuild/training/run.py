@@ -130,6 +130,7 @@ class Run:
         self.stream = Stream(batches, lesson.labelled, lesson.seed)
         self.losses: list[float] = []
         self.step = 0
+        self.mixes = False  # the last batch, by CutMix
         self.spent = 0.0  # seconds of the runs before a kill
         state = processes.agree(checkpoint.read(lesson.keep) if lesson.keep else None)
         if state is not None and state["rate"] != self.rate:
@@ -181,6 +182,8 @@ class Run:
 
     def _how(self) -> str:
         how = f"{self.name} with a peak rate of {self.rate:g}{' in bf16' if self.bf16 else ''}"
+        if self.mixes:
+            how += f", {self.settings.cutmix:.0%} of each batch mixed by CutMix"
         return how + (f", {processes.count()} processes" if processes.count() > 1 else "")
 
     def _report(self, seconds: float) -> None:
@@ -227,9 +230,11 @@ class Run:
 
         With what the teacher is asked beyond the task's samples; a step gives the same at each call.
         """
-        inputs, labels = next(stream)
+        plain, labels = next(stream)
+        inputs = plain
         if self.teacher is not None and self.settings.cutmix:
-            inputs, labels = mixed(inputs, labels, self.settings.cutmix, (self.lesson.seed << 32) + step)
+            inputs, labels = mixed(plain, labels, self.settings.cutmix, (self.lesson.seed << 32) + step)
+        self.mixes = inputs is not plain
         inputs, labels, weight = processes.part(inputs, labels)
         inputs = tuple(x.to(self.device) for x in inputs)
         if self.channels_last:
