@@ -232,7 +232,7 @@ class Run:
         """
         plain, labels = next(stream)
         inputs = plain
-        if self.teacher is not None and self.settings.cutmix:
+        if self.teacher is not None and self.settings.cutmix and (self.lesson.logits or labels is None):
             inputs, labels = mixed(plain, labels, self.settings.cutmix, (self.lesson.seed << 32) + step)
         self.mixes = inputs is not plain
         inputs, labels, weight = processes.part(inputs, labels)

@@ -34,7 +34,7 @@ for labelled in (False, True):
     if processes.rank() == 0:
         held_out = tuple((x,) for x in torch.ones(4, 1, 6, 6).double().split(1))
         hints = (Hint("4", "4", torch.arange(8 * 16)),)
-        lesson = run.Lesson(Distillation(steps=12), labelled, True, 0, hints, held_out)
+        lesson = run.Lesson(Distillation(steps=12, cutmix=0.5), labelled, True, 0, hints, held_out)
         trained, how = distil.apply(net(1), net(2), batches, lesson)
         save_file(trained.state_dict(), f"{sys.argv[1]}-{labelled}")
         print(how.how)
