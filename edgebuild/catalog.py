@@ -18,7 +18,6 @@ from edgebuild.spec import (
     Budget,
     Calibration,
     Core,
-    Distillation,
     Plan,
     Profile,
     Target,
@@ -29,14 +28,14 @@ from edgebuild.units import Bytes, Percent, Quantity, Seconds, Throughput, parse
 T = TypeVar("T")
 
 MOST_THREADS = 256
-TRAINING_BOUNDS = (
-    ("steps", 0, inf),
-    ("learning_rate", 0, inf),
-    ("temperature", 0.1, 1000),
-    ("teacher_weight", 0, 1),
-    ("hint_weight", 0, inf),
-    ("cutmix", 0, 1),
-)
+TRAINING_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "steps": (0, inf),
+    "learning_rate": (0, inf),
+    "temperature": (0.1, 1000),
+    "teacher_weight": (0, 1),
+    "hint_weight": (0, inf),
+    "cutmix": (0, 1),
+}
 
 _PACKAGE = Path(__file__).parent
 _BUDGET_UNITS: dict[Any, type[Quantity]] = {
@@ -136,10 +135,15 @@ def _check_name(name: str, path: Path) -> None:
 def _check_calibration(target: Target, calibration: Calibration, path: Path) -> None:
     if target.device != "arm":
         raise SpecError(f'{path}: [calibration] is for device = "arm", not for {target.device!r}')
-    low, high = SCALE_BOUNDS
-    for name in ("core", "memory", "threads"):
-        if not low <= (scale := getattr(calibration, name)) <= high:
-            raise SpecError(f"{path}: calibration.{name} = {scale:g} is not between {low:g} and {high:g}")
+    _check_bounds(calibration, "calibration", dict.fromkeys(("core", "memory", "threads"), SCALE_BOUNDS), path)
+
+
+def _check_bounds(table: object, name: str, bounds: Mapping[str, tuple[float, float]], path: Path) -> None:
+    """The numbers of a table lie within their bounds, or are left out."""
+    for key, (low, high) in bounds.items():
+        value = getattr(table, key)
+        if value is not None and not low <= value <= high:
+            raise SpecError(f"{path}: {name}.{key} = {value:g} is not between {low:g} and {high:g}")
 
 
 def load_timings(path: Path) -> Timings:
@@ -233,18 +237,11 @@ def load_profile(name: str) -> Profile:
     _check_name(profile.name, path)
     if not 1 <= profile.threads <= MOST_THREADS:
         raise SpecError(f"{path}: threads = {profile.threads} is not between 1 and {MOST_THREADS}")
-    _check_training(profile.distillation, path)
+    _check_bounds(profile.distillation, "distillation", TRAINING_BOUNDS, path)
     names = [beside(path, name) for name in profile.targets]
     profile = replace(profile, target=names[0], also_on=tuple(names[1:]))
     _check_alike(profile, list(_targets(profile, path)), path)
     return profile
-
-
-def _check_training(settings: Distillation, path: Path) -> None:
-    for name, least, most in TRAINING_BOUNDS:
-        value = getattr(settings, name)
-        if value is not None and not least <= value <= most:
-            raise SpecError(f"{path}: distillation.{name} = {value:g} is not between {least:g} and {most:g}")
 
 
 def _check_alike(profile: Profile, targets: Sequence[Target], path: Path) -> None:

@@ -12,7 +12,7 @@ from edgebuild.base import SENSITIVITY_SAMPLES, Base
 from edgebuild.divergence import distance
 from edgebuild.lift import lift
 from edgebuild.load import Loaded
-from edgebuild.spec import Plan, Width
+from edgebuild.spec import Hints, Plan, Width
 from edgebuild.training.objective import Hint
 from edgebuild.transforms import factorize, norms, prune
 
@@ -49,18 +49,19 @@ def halfway(plan: Plan) -> tuple[Plan, Plan]:
     return replace(plan, widths=first, forms=()), replace(plan, widths=second)
 
 
-def hints_of(base: Base, plan: Plan, which: Literal["none", "vectors", "all"]) -> tuple[Hint, ...]:
+def hints_of(base: Base, plan: Plan, which: Hints) -> tuple[Hint, ...]:
     """The features that the plan's model shares with its original, one for each channel group that is read.
 
     "vectors": of those that a layer reads as one vector of a sample, as a classifier does.
     """
+    if which == "none":
+        return ()
     kept = prune.kept_inputs(base.facts, base.sensitivity, plan.widths)
     factorized = {form.layer for form in plan.forms}
     found = {}
-    for group in base.facts.groups if which != "none" else ():
+    for group in base.facts.groups:
         readers = [base.facts.layer(name) for name in prune.readers(group, base.facts)]
-        vectors = [layer for layer in readers if layer.in_elements == layer.in_channels]
-        for layer in (vectors if which == "vectors" else readers)[:1]:
+        for layer in [r for r in readers if which == "all" or r.in_elements == r.in_channels][:1]:
             channels = kept.get(layer.name, torch.arange(layer.in_channels))
             read = f"{layer.name}.0" if layer.name in factorized else layer.name
             found[layer.name] = Hint(layer.name, read, channels)

@@ -416,6 +416,9 @@ class Budget:
         return room / self.bound if self.bound else (0.0 if room == 0 else room)
 
 
+Hints = Literal["none", "vectors", "all"]
+
+
 @dataclass(frozen=True)
 class Distillation:
     """How a student learns from its teacher (Hinton et al. 2015, arXiv:1503.02531; Romero et al. 2015, 1412.6550).
@@ -433,7 +436,7 @@ class Distillation:
     learning_rate: float = 0.0
     temperature: float = 8.0
     teacher_weight: float = 0.95
-    hints: Literal["none", "vectors", "all"] = "vectors"
+    hints: Hints = "vectors"
     hint_weight: float = 0.3
     cutmix: float | None = None
     time: Seconds = Seconds(600.0)

@@ -153,11 +153,8 @@ class Run:
     def finish(self) -> tuple[nn.Module, Training]:
         """Train to the end; the trained model and how it went. Raises Diverged."""
         before = self._close(copy.deepcopy(self.student).to(self.device))
-        if self.lesson.hints and self.teacher is not None:
-            with closing(Watched(self.model, tuple(hint.student_layer for hint in self.lesson.hints))) as watched:
-                self._steps(watched)
-        else:
-            self._steps(None)
+        with closing(Watched(self.model, tuple(hint.student_layer for hint in self.lesson.hints))) as watched:
+            self._steps(watched)
         kept, model, after = self._best(before)
         if self.teacher is not None:
             self.teacher.model.cpu()
@@ -192,7 +189,7 @@ class Run:
         self.progress(Standing(self.step, self.steps, self.losses[-1], close.agreement if close else None, left))
         self._shorten(seconds, left)
 
-    def _steps(self, watched: Watched | None) -> None:
+    def _steps(self, watched: Watched) -> None:
         saved = time.monotonic()
         while self.step < self.steps:
             self._one(watched)
@@ -205,11 +202,11 @@ class Run:
             if self.settings.steps and processes.agree(seconds) > self.settings.time:
                 break
 
-    def _one(self, watched: Watched | None) -> None:
+    def _one(self, watched: Watched) -> None:
         batch = self._batch(self.stream, self.step)
         taught = self.teacher(batch[0]) if self.teacher is not None else UNTAUGHT
         loss = self._loss(batch, taught, self.trained)
-        if watched is not None and self.teacher is not None:
+        if self.lesson.hints and self.teacher is not None:
             features = feature_loss(self.lesson.hints, watched.read, taught.features, self.teacher.model, batch[2])
             loss = loss + self.settings.hint_weight * features
         whole = float(processes.mean(loss.detach()))
