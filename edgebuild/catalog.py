@@ -35,6 +35,7 @@ TRAINING_BOUNDS: Mapping[str, tuple[float, float]] = {
     "teacher_weight": (0, 1),
     "hint_weight": (0, inf),
     "cutmix": (0, 1),
+    "freeze_after": (0, 1),
 }
 
 _PACKAGE = Path(__file__).parent

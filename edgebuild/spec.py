@@ -429,7 +429,8 @@ class Distillation:
     features are learned too, "vectors" (what a classifier reads, and other layers that read one vector of a sample),
     "all" channel groups or "none"; `hint_weight`: what their error is multiplied by. `cutmix`: the share of a batch of
     images into which a part of another one is pasted (Yun et al. 2019, 1905.04899); without a value all where only the
-    calibration samples are there to train on, and none of a task's own training batches.
+    calibration samples are there to train on, and none of a task's own training batches. `freeze_after`: the share of
+    the steps after which the first layers are not trained any more (Brock et al. 2017, 1706.04983); 1 for never.
     """
 
     steps: int = 400
@@ -439,6 +440,7 @@ class Distillation:
     hints: Hints = "vectors"
     hint_weight: float = 0.3
     cutmix: float | None = None
+    freeze_after: float = 0.4
     time: Seconds = Seconds(600.0)
 
 

@@ -87,8 +87,12 @@ def part(inputs: tuple[Tensor, ...], labels: Tensor | None) -> tuple[tuple[Tenso
 
 
 def prepared(model: nn.Module) -> nn.Module:
-    """The model for training with the others: gradients are averaged, batch statistics are of the whole batch."""
-    return accelerator().prepare_model(model) if count() > 1 else model
+    """The model for training with the others: gradients are averaged. What was prepared before is no more."""
+    if count() == 1:
+        return model
+    accelerator().free_memory()
+    prepared: nn.Module = accelerator().prepare_model(model)
+    return prepared
 
 
 def shared_norms(model: nn.Module) -> None:

@@ -3,8 +3,8 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from edgebuild.divergence import divergence
 from edgebuild.lift import outputs_of, stacked
 from edgebuild.spec import Distillation
 from edgebuild.training import checkpoint, optimizer, processes
+from edgebuild.training.compiled import evaluating
+from edgebuild.training.freezing import Cut, Settled, cut
 from edgebuild.training.mixing import mixed
 from edgebuild.training.objective import Hint, Watched, feature_loss, objective
 from edgebuild.training.stream import Stream
@@ -28,6 +30,7 @@ CHECKPOINT = 30.0  # seconds between checkpoints
 LATE = 1.1  # times the time given, beyond which the rest of the schedule is shortened
 EMA_SPAN = 0.02  # of the steps, over which the weights are averaged
 BF16_GAIN = 1.2  # times faster than fp32, to be worth its rounding
+COMPILED_GAIN = 1.1  # times faster than as it is, to be worth compiling the teacher
 SHORT = 0.02  # seconds of a step that is mostly overhead: which precision is faster would be told by chance
 
 
@@ -135,10 +138,13 @@ class Run:
         state = processes.agree(checkpoint.read(lesson.keep) if lesson.keep else None)
         if state is not None and state["rate"] != self.rate:
             state = None
-        self.bf16, self.steps = False, 0
-        self.bf16, self.steps = (state["bf16"], state["steps"]) if state else self._measured(batches)
-        if teacher is not None:
-            teacher.bf16 = self.bf16
+        self.frozen: int | None = None  # layers, from when on they are
+        if state:
+            self._compute(state["bf16"], state["compiled"])
+            self.steps = state["steps"]
+        else:
+            self._compute(False, False)
+            self.steps = self._measured(batches)
         self.average = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(2.0, EMA_SPAN * self.steps)), use_buffers=True
         )
@@ -179,6 +185,10 @@ class Run:
 
     def _how(self) -> str:
         how = f"{self.name} with a peak rate of {self.rate:g}{' in bf16' if self.bf16 else ''}"
+        if self.compiled:
+            how += ", the teacher compiled by oneDNN"
+        if self.frozen:
+            how += f", the first {self.frozen} layers frozen after {self.settings.freeze_after:.0%} of the steps"
         if self.mixes:
             how += f", {self.settings.cutmix:.0%} of each batch mixed by CutMix"
         return how + (f", {processes.count()} processes" if processes.count() > 1 else "")
@@ -204,6 +214,8 @@ class Run:
 
     def _one(self, watched: Watched) -> None:
         batch = self._batch(self.stream, self.step)
+        if self.frozen is None and self.step >= self.settings.freeze_after * self.steps:
+            self._freeze(batch[0])
         taught = self.teacher(batch[0]) if self.teacher is not None else UNTAUGHT
         loss = self._loss(batch, taught, self.trained)
         if self.lesson.hints and self.teacher is not None:
@@ -221,6 +233,18 @@ class Run:
         self.average.update_parameters(self.model)
         self.step += 1
         self.losses.append(whole)
+
+    def _freeze(self, inputs: tuple[Tensor, ...]) -> None:
+        """From here on train the rest alone; the first layers stay at the average of their weights."""
+        parts, averages = self._cut(self.model, inputs), self._cut(self.average.module, inputs)
+        self.frozen = parts.layers if parts else 0
+        if parts and averages:
+            parts.first.load_state_dict(averages.first.state_dict())
+            self.trained = self.model  # lets go of what was prepared before
+            self.trained = processes.prepared(Settled(parts, self.bf16, self.compiled))
+
+    def _cut(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Cut | None:
+        return cut(model, inputs, tuple(hint.student_layer for hint in self.lesson.hints))
 
     def _batch(self, stream: Stream, step: int) -> Batch:
         """This process's part of a step's batch where it is computed, and by what its loss counts in the mean of all.
@@ -261,7 +285,7 @@ class Run:
             return None
         (together,) = stacked(self.lesson.held_out, len(self.lesson.held_out))
         batch = tuple(x.to(self.device) for x in together)
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             found = [y.cpu() for y in outputs_of(model(*batch))]
         wanted = [y.cpu() for y in self.teacher(batch).outputs]
         agreement = float((found[0].argmax(-1) == wanted[0].argmax(-1)).float().mean()) if self.lesson.logits else None
@@ -289,25 +313,38 @@ class Run:
 
     # ------------------------------------------------------------------------------------- speed and checkpoints
 
-    def _measured(self, batches: Callable[[], Iterable[Any]]) -> tuple[bool, int]:
-        """Whether bf16 is faster on this machine, and how many steps fit into the time given."""
+    def _compute(self, bf16: bool, compiled: bool) -> None:
+        """In bf16 or not; what is not trained by oneDNN's compiled kernels or not."""
+        self.bf16, self.compiled = bf16, compiled
+        if self.teacher is not None:
+            self.teacher.answering.bf16, self.teacher.answering.compiled = bf16, compiled
+
+    def _measured(self, batches: Callable[[], Iterable[Any]]) -> int:
+        """Compute as this machine is fastest; how many steps fit into the time given."""
         settings = self.settings
         able = torch.cpu.get_capabilities()
-        bf16 = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-        if settings.steps and not bf16:
-            return False, settings.steps
-        learning, teaching = self._seconds(batches, False)
-        if bf16 := bf16 and learning > SHORT:
-            faster = self._seconds(batches, True)
-            bf16 = faster[0] * BF16_GAIN < learning
-            learning, teaching = faster if bf16 else (learning, teaching)
+        bf16 = compiled = False
+        learning, teaching = self._seconds(batches)
+        if learning > SHORT and (able.get("avx512_bf16") or able.get("amx_bf16")):
+            self._compute(True, False)
+            faster = self._seconds(batches)
+            if bf16 := faster[0] * BF16_GAIN < learning:
+                learning, teaching = faster
+        if teaching > SHORT:
+            self._compute(bf16, True)
+            _, sooner = self._seconds(batches)
+            if compiled := sooner * COMPILED_GAIN < teaching:
+                teaching = sooner
+        self._compute(bf16, compiled)
         if settings.steps:
-            return bf16, settings.steps
+            return settings.steps
+        settled, _ = self._seconds(batches, settled=True)  # where nothing can be frozen, it is as long as the others
+        learning = settings.freeze_after * learning + (1 - settings.freeze_after) * min(learning, settled)
         kept = self._kept(batches)
         steps = settings.time / learning
         if steps > kept:  # the teacher has to compute the batches beyond those that it kept
             steps = kept + max(0.0, settings.time - kept * learning) / (learning + teaching)
-        return bf16, max(1, int(steps))
+        return max(1, int(steps))
 
     def _kept(self, batches: Callable[[], Iterable[Any]]) -> int:
         """For how many batches the teacher need not compute: none, if it does for the first."""
@@ -316,24 +353,27 @@ class Run:
         first, _, _ = self._batch(Stream(batches, self.lesson.labelled, self.lesson.seed), 0)
         return processes.agree(self.teacher.kept if self.teacher.remembers(first) else 0)
 
-    def _seconds(self, batches: Callable[[], Iterable[Any]], bf16: bool) -> tuple[float, float]:
-        """Seconds of a step of a copy of the student, making the batch included, and of the teacher for it."""
-        self.bf16 = bf16
-        if self.teacher is not None:
-            self.teacher.bf16 = bf16
+    def _seconds(self, batches: Callable[[], Iterable[Any]], settled: bool = False) -> tuple[float, float]:
+        """Seconds of a step of a copy of the student, making the batch included, and of the teacher for it.
+
+        `settled`: with its first layers frozen, where they can be.
+        """
         scratch = copy.deepcopy(self.model)
         updates, _ = optimizer.make(scratch, self.rate)
         average = AveragedModel(scratch, use_buffers=True)
         stream = Stream(batches, self.lesson.labelled, self.lesson.seed)
+        trained: nn.Module = scratch
         learning, teaching = [], []
         for step in range(PROBED_STEPS):
             began = time.monotonic()
             batch = self._batch(stream, step)
             made = time.monotonic()
             taught = self.teacher.computed_for(batch[0]) if self.teacher is not None else UNTAUGHT
+            if settled and not step and (parts := self._cut(scratch, batch[0])):
+                trained = Settled(parts, self.bf16, self.compiled)
             told = time.monotonic()
             updates.zero_grad(set_to_none=True)
-            self._loss(batch, taught, scratch).backward()
+            self._loss(batch, taught, trained).backward()
             updates.step()
             average.update_parameters(scratch)
             learning.append(time.monotonic() - told + made - began)
@@ -346,6 +386,7 @@ class Run:
             "steps": self.steps,
             "rate": self.rate,
             "bf16": self.bf16,
+            "compiled": self.compiled,
             "seconds": seconds,
             "losses": self.losses,
             "model": self.model.state_dict(),
@@ -362,14 +403,3 @@ class Run:
         self.step, self.spent, self.losses = state["step"], state["seconds"], state["losses"]
         self.stream.skip(self.step)
         torch.set_rng_state(state["generator"])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a block."""
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)

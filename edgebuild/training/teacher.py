@@ -17,8 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from edgebuild import cache
-from edgebuild.lift import outputs_of
-from edgebuild.training.objective import Watched
+from edgebuild.training.compiled import Answering
 
 KIND = "teacher"
 FEATURE = "read by "
@@ -41,12 +40,13 @@ class Teacher:
     """A model whose outputs are remembered. `digest` says which model it is; "" remembers nothing.
 
     It also says what its `layers` read. `kept` counts the batches that were remembered at the start, `computed` and
-    `recalled` those since then. With `bf16` it computes in that, where the CPU is faster with it; what was remembered
-    in another precision is still taken.
+    `recalled` those since then. `answering`: how it computes; what was remembered in another precision is still
+    taken.
     """
 
     def __init__(self, model: nn.Module, digest: str = "", layers: tuple[str, ...] = ()):
-        self.model, self.layers, self.bf16 = model.eval(), layers, False
+        self.model, self.layers = model.eval(), layers
+        self.answering = Answering(self.model, layers)
         self.kept = self.computed = self.recalled = 0
         self._store: sqlite3.Connection | None = None
         self._size = 0
@@ -85,13 +85,9 @@ class Teacher:
     def computed_for(self, inputs: tuple[Tensor, ...]) -> Taught:
         """What it says of a batch, computed in any case."""
         self.computed += 1
-        with (
-            contextlib.closing(Watched(self.model, self.layers)) as watched,
-            torch.no_grad(),
-            torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.bf16),
-        ):
-            results = outputs_of(self.model(*inputs))
-        return Taught(tuple(map(_widened, results)), {name: _widened(x) for name, x in watched.read.items()})
+        told = tuple(y.float() if y.dtype == torch.bfloat16 else y for y in self.answering(inputs))
+        outputs = len(told) - len(self.layers)
+        return Taught(told[:outputs], dict(zip(self.layers, told[outputs:], strict=True)))
 
     def _read(self, key: bytes) -> Taught | None:
         if self._store is None:
@@ -121,10 +117,6 @@ class Teacher:
         except sqlite3.Error as error:  # the disk is full, or the cache is read-only, or somebody deleted it
             cache.not_kept(error)
             self._size = MOST_KEPT + 1
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _writable(path: Path) -> sqlite3.Connection:

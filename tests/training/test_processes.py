@@ -13,6 +13,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from edgebuild.lift import lift
 from edgebuild.spec import Distillation
 from edgebuild.training import processes, run
 from edgebuild.training.objective import Hint
@@ -22,7 +23,9 @@ torch.set_num_threads(1)
 
 def net(seed):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)).double()
+    first = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+    rest = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 4, 4)
+    return lift(nn.Sequential(*first, *rest), (torch.zeros(1, 1, 6, 6),)).double()
 
 def batches():
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +36,7 @@ def batches():
 for labelled in (False, True):
     if processes.rank() == 0:
         held_out = tuple((x,) for x in torch.ones(4, 1, 6, 6).double().split(1))
-        hints = (Hint("4", "4", torch.arange(8 * 16)),)
+        hints = (Hint("6", "6", torch.arange(8 * 4)),)
         lesson = run.Lesson(Distillation(steps=12, cutmix=0.5), labelled, True, 0, hints, held_out)
         trained, how = distil.apply(net(1), net(2), batches, lesson)
         save_file(trained.state_dict(), f"{sys.argv[1]}-{labelled}")
@@ -56,6 +59,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path):
         assert done.returncode == 0, done.stderr
         told.append(done.stdout.splitlines())
     assert told[1] == [f"{how}, 2 processes" for how in told[0]] and len(told[0]) == 2
+    assert all("the first 2 layers frozen" in how for how in told[0])
     for labelled in (False, True):
         one, two = (load_file(tmp_path / f"{name}-{labelled}") for name in ("one", "two"))
         assert one.keys() == two.keys()

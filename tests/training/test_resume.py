@@ -18,6 +18,7 @@ import sys, time
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from edgebuild.lift import lift
 from edgebuild.spec import Distillation
 from edgebuild.training import checkpoint, run
 from edgebuild.transforms import distil
@@ -27,8 +28,8 @@ output, pause = sys.argv[1], float(sys.argv[2])
 
 def net(seed):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(),
-                         nn.Linear(8 * 16, 4))
+    layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Dropout(0.2), nn.Flatten()
+    return lift(nn.Sequential(*layers, nn.Linear(8 * 4, 4)), (torch.zeros(1, 1, 6, 6),))
 
 def batches():
     for _ in range(5):
@@ -38,6 +39,7 @@ def batches():
 lesson = run.Lesson(Distillation(steps=40), False, True, 0, keep="one")
 trained, how = distil.apply(net(1), net(2), batches, lesson)
 save_file(trained.state_dict(), output)
+assert "the first 2 layers frozen" in how.how, how.how
 print(how.steps)
 """
 
