@@ -21,9 +21,10 @@ from edgebuild.lift import stacked
 from edgebuild.load import Loaded
 from edgebuild.spec import Distillation, Plan, Profile, Seconds, Technique
 from edgebuild.task import Module
+from edgebuild.training.learner import Lesson
 from edgebuild.training.objective import Hint
 from edgebuild.training.optimizer import ADAMW_RATE
-from edgebuild.training.run import Lesson, Training
+from edgebuild.training.run import Training
 from edgebuild.transforms import distil, quantize
 from edgebuild.verify import eager
 

@@ -8,7 +8,8 @@ from torch import nn
 from edgebuild.clock import Progress, silent
 from edgebuild.errors import TaskError, TransformError
 from edgebuild.training import checkpoint, processes
-from edgebuild.training.run import Diverged, Lesson, Run, Training
+from edgebuild.training.learner import Lesson
+from edgebuild.training.run import Diverged, Run, Training
 from edgebuild.training.teacher import Teacher
 from edgebuild.transforms import norms
 
@@ -61,5 +62,5 @@ def _train(
                 raise TransformError(
                     f"the training diverged at step {error.step}: loss {error.loss}", "lower distillation.learning_rate"
                 ) from None
-            rate = run.rate * SLOWER
+            rate = run.learner.rate * SLOWER
     raise AssertionError("the last restart returns or raises")

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from edgebuild.lift import lift
 from edgebuild.spec import Distillation
 from edgebuild.training.freezing import SHARE, Settled, cut
-from edgebuild.training.run import Lesson
+from edgebuild.training.learner import Lesson
 from edgebuild.transforms import distil
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))

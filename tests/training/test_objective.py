@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from edgebuild.spec import Distillation
+from edgebuild.training.learner import Lesson
 from edgebuild.training.objective import UNLABELLED, Hint, Watched, feature_loss, objective
-from edgebuild.training.run import Lesson
 from edgebuild.transforms import distil
 
 SETTINGS = Distillation(temperature=2.0, teacher_weight=0.25)

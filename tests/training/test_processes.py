@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from edgebuild.lift import lift
 from edgebuild.spec import Distillation
-from edgebuild.training import processes, run
+from edgebuild.training import learner, processes
 from edgebuild.training.objective import Hint
 from edgebuild.transforms import distil
 
@@ -37,7 +37,7 @@ for labelled in (False, True):
     if processes.rank() == 0:
         held_out = tuple((x,) for x in torch.ones(4, 1, 6, 6).double().split(1))
         hints = (Hint("6", "6", torch.arange(8 * 4)),)
-        lesson = run.Lesson(Distillation(steps=12, cutmix=0.5), labelled, True, 0, hints, held_out)
+        lesson = learner.Lesson(Distillation(steps=12, cutmix=0.5), labelled, True, 0, hints, held_out)
         trained, how = distil.apply(net(1), net(2), batches, lesson)
         save_file(trained.state_dict(), f"{sys.argv[1]}-{labelled}")
         print(how.how)

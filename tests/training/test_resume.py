@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgebuild.training import checkpoint, run
+from edgebuild.training import checkpoint, learner
 
 PROGRAM = """
 import sys, time
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from edgebuild.lift import lift
 from edgebuild.spec import Distillation
-from edgebuild.training import checkpoint, run
+from edgebuild.training import checkpoint, learner, run
 from edgebuild.transforms import distil
 
 run.CHECKPOINT = 0.0
@@ -36,7 +36,7 @@ def batches():
         time.sleep(pause)
         yield torch.randn(8, 1, 6, 6)  # from the global generator
 
-lesson = run.Lesson(Distillation(steps=40), False, True, 0, keep="one")
+lesson = learner.Lesson(Distillation(steps=40), False, True, 0, keep="one")
 trained, how = distil.apply(net(1), net(2), batches, lesson)
 save_file(trained.state_dict(), output)
 assert "the first 2 layers frozen" in how.how, how.how
@@ -83,5 +83,5 @@ def test_a_checkpoint_is_no_pickle(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEBUILD_CACHE", str(tmp_path))
     path = tmp_path / checkpoint.KIND / "one"
     path.parent.mkdir()
-    torch.save({"step": run.Lesson}, path)
+    torch.save({"step": learner.Lesson}, path)
     assert checkpoint.read("one") is None

@@ -6,8 +6,8 @@ from torch import nn
 
 from edgebuild.errors import TaskError, TransformError
 from edgebuild.spec import Distillation, Seconds
+from edgebuild.training.learner import Lesson
 from edgebuild.training.optimizer import SGD_RATE
-from edgebuild.training.run import Lesson
 from edgebuild.transforms import distil
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from edgebuild.errors import BackendError, TaskError, TransformError
 from edgebuild.lift import lift
 from edgebuild.plan import Choice
 from edgebuild.spec import SCHEMES, Distillation
-from edgebuild.training.run import Lesson
+from edgebuild.training.learner import Lesson
 from edgebuild.transforms import distil, fake, quantize
 
 LEAST_SQNR = {"static": 25.0, "dynamic": 30.0, "8da4w": 12.0}  # dB against the fp32 model
