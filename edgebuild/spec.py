@@ -440,7 +440,7 @@ class Distillation:
     hints: Hints = "vectors"
     hint_weight: float = 0.3
     cutmix: float | None = None
-    freeze_after: float = 0.4
+    freeze_after: float = 0.5
     time: Seconds = Seconds(600.0)
 
 

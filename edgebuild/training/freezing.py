@@ -12,7 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from edgebuild.training.compiled import Answering, evaluating
 
-SHARE = 0.6  # at most, of the elements that a model computes, in the layers that are frozen
+SHARE = 0.5  # at most, of the elements that a model computes, in the layers that are frozen
 
 
 @dataclass(frozen=True)

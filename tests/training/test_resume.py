@@ -39,7 +39,7 @@ def batches():
 lesson = learner.Lesson(Distillation(steps=40), False, True, 0, keep="one")
 trained, how = distil.apply(net(1), net(2), batches, lesson)
 save_file(trained.state_dict(), output)
-assert "the first 2 layers frozen" in how.how, how.how
+assert "layers frozen" in how.how, how.how
 print(how.steps)
 """
 
