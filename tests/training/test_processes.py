@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 from edgebuild.lift import lift
 from edgebuild.spec import Distillation
-from edgebuild.training import learner, processes
+from edgebuild.training import learner, processes, run
 from edgebuild.training.objective import Hint
 from edgebuild.transforms import distil
 
 torch.set_num_threads(1)
+run.SHORT = 10.0  # seconds: both in fp32, however long two processes take to talk
 
 def net(seed):
     torch.manual_seed(seed)
