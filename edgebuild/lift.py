@@ -136,7 +136,8 @@ def _rebuild(program: ExportedProgram) -> fx.GraphModule:
     assert isinstance(source, fx.GraphModule)
     if _mutates_views(source):
         source = program.run_decompositions({}).module(check_guards=False)
-    tensors = {**dict(source.named_parameters(remove_duplicate=False)), **dict(source.named_buffers())}
+    read = {str(node.target) for node in source.graph.find_nodes(op="get_attr")}
+    tensors = {name: operator.attrgetter(name)(source) for name in read}  # constants are neither parameters nor buffers
     root, graph = nn.Module(), fx.Graph()
     env: dict[fx.Node, Any] = {}
 

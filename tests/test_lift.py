@@ -109,3 +109,20 @@ def test_control_flow_on_data_is_an_error_that_says_so(image):
 
     with pytest.raises(TaskError, match="does not export.*depends on the data"):
         lift(Branch(), image)
+
+
+class Masked(nn.Module):
+    """Writes constants that are neither parameters nor buffers into a view, as Swin's windows do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        y[:, 0:2] = x[:, 0:2] * torch.tensor([2.0, 3.0])
+        y[:, 2:] = 1.0
+        return y + x
+
+
+def test_constants_of_an_inner_module_come_along():
+    model = nn.Sequential(Masked(), nn.Linear(4, 2))
+    lifted = lift(model, (torch.randn(1, 4),))
+    x = torch.randn(3, 4)
+    assert torch.allclose(lifted(x), model(x), atol=1e-6)
