@@ -199,8 +199,9 @@ class Run:
         left = pace * (whole + rest * (self.settles if self.learner.frozen is None else 1))
         close = self._close(self.learner.model)
         self.progress(Standing(self.step, self.steps, self.losses[-1], close.agreement if close else None, left))
-        if processes.agree(not self.settings.steps and seconds + left > LATE * self.settings.time):
-            fitting = (self.steps - self.step) * max(0.0, self.settings.time - seconds) / left
+        late = not self.settings.steps and seconds + left > LATE * self.settings.time
+        if self.step < self.steps and processes.agree(late):
+            fitting = (self.steps - self.step) * (self.settings.time - seconds) / left
             self.steps = self.step + max(1, int(processes.agree(fitting)))
 
     # ------------------------------------------------------------------------------------------- what comes of it

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 
 from edgebuild.errors import TaskError, TransformError
 from edgebuild.spec import Distillation, Seconds
+from edgebuild.training import run
 from edgebuild.training.learner import Lesson
 from edgebuild.training.optimizer import SGD_RATE
 from edgebuild.transforms import distil
@@ -103,3 +105,21 @@ def test_what_cannot_be_trained_says_why():
         train(net(2), net(1), labelled=True)
     with pytest.raises(TransformError, match="diverged at step 0"):
         train(net(2), net(1), batches=lambda: [X * float("nan")])
+
+
+@pytest.mark.parametrize(("slow_from", "takes", "steps"), [(100, 0.05, (200, 400)), (1000, 0.5, (990, 1010))])
+def test_a_schedule_is_shortened_where_the_machine_gets_slower(monkeypatch, slow_from, takes, steps):
+    now, made = 0.0, 0
+
+    def batches():
+        nonlocal now, made
+        for x in X.split(16):
+            now += 0.01 if made < slow_from else takes
+            made += 1
+            yield x
+
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now))
+    settings = Distillation(steps=0, time=Seconds(10.0), learning_rate=1e-3)
+    _, how = distil.apply(net(2), net(1), batches, Lesson(settings, False, True, 0))
+    assert steps[0] < how.steps < steps[1] and how.steps == how.asked
+    assert how.seconds < run.LATE * 10 + 8 * takes
