@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,30 +19,38 @@ MOST_FORMS = 4  # to compile for: a batch, an epoch's last one, the held-out sam
 Tensors = tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class Means:
+    """How to compute on this machine: in bf16 or not; what is not trained by oneDNN's compiled kernels or not."""
+
+    bf16: bool = False
+    compiled: bool = False
+
+
 class Answering:
     """A model in eval mode: from inputs to its outputs, and behind them what its `layers` read. No gradients.
 
-    With `bf16` it computes in that, and with `compiled` by oneDNN's kernels where they give the same.
+    `means` may be changed at any time; compiled kernels are taken where they give the same.
     """
 
-    def __init__(self, model: nn.Module, layers: tuple[str, ...] = (), bf16: bool = False, compiled: bool = False):
-        self.bf16, self.compiled = bf16, compiled
+    def __init__(self, model: nn.Module, layers: tuple[str, ...] = (), means: Means = Means()):
+        self.means = means
         self._model = _Telling(model, layers)
         self._forms: dict[Any, Callable[..., Tensors] | None] = {}
 
     def __call__(self, inputs: Tensors) -> Tensors:
         """The outputs in the precision in which they were computed."""
-        if self.compiled and (answers := self._compiled_for(inputs)):
+        if self.means.compiled and (answers := self._compiled_for(inputs)):
             with torch.no_grad():
                 return answers(*inputs)
-        with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=self.means.bf16):
             told: Tensors = self._model(*inputs)
             return told
 
     def _compiled_for(self, inputs: Tensors) -> Callable[..., Tensors] | None:
-        form = (self.bf16, *((x.shape, x.stride(), x.dtype) for x in inputs))
+        form = (self.means.bf16, *((x.shape, x.stride(), x.dtype) for x in inputs))
         if form not in self._forms and len(self._forms) < MOST_FORMS:
-            self._forms[form] = _compiled(self._model, inputs, self.bf16)
+            self._forms[form] = _compiled(self._model, inputs, self.means.bf16)
         return self._forms.get(form)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from edgebuild.training.compiled import Answering, evaluating
+from edgebuild.training.compiled import Answering, Means, evaluating
 
 SHARE = 0.5  # at most, of the elements that a model computes, in the layers that are frozen
 
@@ -79,10 +79,10 @@ def _elements(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[int]:
 class Settled(nn.Module):
     """A model whose first part is frozen, in eval mode and without gradients. Its parameters are those of the rest."""
 
-    def __init__(self, parts: Cut, bf16: bool, compiled: bool):
+    def __init__(self, parts: Cut, means: Means):
         super().__init__()
         self.rest = parts.rest
-        self._first = Answering(parts.first, bf16=bf16, compiled=compiled)
+        self._first = Answering(parts.first, means=means)
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         (x,) = self._first(inputs)

@@ -11,9 +11,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from edgebuild.lift import outputs_of
 from edgebuild.spec import Distillation
 from edgebuild.training import optimizer, processes
+from edgebuild.training.compiled import Means
 from edgebuild.training.freezing import Settled, cut
 from edgebuild.training.objective import Hint, Watched, feature_loss, objective
-from edgebuild.training.teacher import Taught
+from edgebuild.training.teacher import Taught, Teacher
 
 CLIP = 5.0  # the gradients' norm, at most
 
@@ -45,14 +46,6 @@ class Batch:
     weight: float
 
 
-@dataclass(frozen=True)
-class Means:
-    """How to compute on this machine: in bf16 or not; what is not trained by oneDNN's compiled kernels or not."""
-
-    bf16: bool = False
-    compiled: bool = False
-
-
 class Learner:
     """A copy of a student in training: its weights, their moving average over `span` steps, its optimizer.
 
@@ -62,10 +55,10 @@ class Learner:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: Teacher | None,
         lesson: Lesson,
         rate: float,
-        means: Means = Means(),
+        means: Means,
         span: float = 1.0,
     ):
         self.teacher, self.lesson, self.means = teacher, lesson, means
@@ -116,18 +109,19 @@ class Learner:
         loss = objective(results, taught.outputs, batch.labels, settings, self.lesson.logits) * batch.weight
         if self.lesson.hints and self.teacher is not None:
             read = self._watched.read
-            features = feature_loss(self.lesson.hints, read, taught.features, self.teacher, batch.weight)
+            features = feature_loss(self.lesson.hints, read, taught.features, self.teacher.model, batch.weight)
             loss = loss + settings.hint_weight * features
         return loss
 
     def freeze(self, inputs: tuple[Tensor, ...]) -> None:
         """From here on train the rest alone; the first layers stay at the average of their weights."""
-        parts, averages = (cut(model, inputs, self._hinted) for model in (self.model, self.average.module))
+        parts = cut(self.model, inputs, self._hinted)
         self.frozen = parts.layers if parts else 0
-        if parts and averages:
-            parts.first.load_state_dict(averages.first.state_dict())
+        if parts:
+            averages = self.average.module.state_dict()
+            parts.first.load_state_dict({name: averages[name] for name in parts.first.state_dict()})
             self._trained = self.model  # lets go of what was prepared before
-            self._trained = processes.prepared(Settled(parts, self.means.bf16, self.means.compiled))
+            self._trained = processes.prepared(Settled(parts, self.means))
 
     def finished(self, model: nn.Module) -> nn.Module:
         """One of its models, as the student was: on the CPU, in eval mode and PyTorch's usual memory order."""

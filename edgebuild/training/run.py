@@ -9,14 +9,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgebuild.clock import Progress, Standing
 from edgebuild.divergence import divergence
 from edgebuild.lift import outputs_of, stacked
 from edgebuild.training import checkpoint, optimizer, processes
-from edgebuild.training.compiled import evaluating
-from edgebuild.training.learner import Batch, Learner, Lesson, Means
+from edgebuild.training.compiled import Means, evaluating
+from edgebuild.training.learner import Learner, Lesson
 from edgebuild.training.mixing import mixed
 from edgebuild.training.stream import Stream
 from edgebuild.training.teacher import UNTAUGHT, Teacher
@@ -106,9 +106,8 @@ class Run:
         else:
             self.means, self.steps, self.settles = self._measured()
         self._compute(self.means)
-        model = teacher.model if teacher is not None else None
-        self.learner = Learner(student, model, lesson, rate, self.means, EMA_SPAN * self.steps)
-        self.stream = Stream(batches, lesson.labelled, lesson.seed)
+        self.learner = Learner(student, teacher, lesson, rate, self.means, EMA_SPAN * self.steps)
+        self.stream = self._stream()
         self.began = time.monotonic()
         torch.manual_seed(lesson.seed)
         if state:
@@ -170,7 +169,7 @@ class Run:
                 break
 
     def _one(self) -> None:
-        batch = self._batch(self.learner, self.stream, self.step)
+        batch = self.learner.batch(*self._drawn(self.stream, self.step))
         if self.learner.frozen is None and self.step >= self.settings.freeze_after * self.steps:
             self.learner.freeze(batch.inputs)
         taught = self.teacher(batch.inputs) if self.teacher is not None else UNTAUGHT
@@ -180,14 +179,17 @@ class Run:
         self.step += 1
         self.losses.append(loss)
 
-    def _batch(self, learner: Learner, stream: Stream, step: int) -> Batch:
-        """A step's batch, with what the teacher is asked beyond the task's samples; the same at each call."""
+    def _stream(self) -> Stream:
+        return Stream(self.batches, self.lesson.labelled, self.lesson.seed)
+
+    def _drawn(self, stream: Stream, step: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """A step's inputs and labels, with what the teacher is asked beyond the task's; the same at each call."""
         plain, labels = next(stream)
         inputs = plain
         if self.teacher is not None and self.settings.cutmix and (self.lesson.logits or labels is None):
             inputs, labels = mixed(plain, labels, self.settings.cutmix, (self.lesson.seed << 32) + step)
         self.mixes = inputs is not plain
-        return learner.batch(inputs, labels)
+        return inputs, labels
 
     def _report(self, seconds: float) -> None:
         """Tell how it stands, and fit what is left into the time that is left where the machine got slower."""
@@ -268,9 +270,8 @@ class Run:
         """For how many batches the teacher need not compute: none, if it does for the first."""
         if self.teacher is None:
             return 0
-        learner = Learner(self.student, self.teacher.model, self.lesson, self.rate)
-        first = self._batch(learner, Stream(self.batches, self.lesson.labelled, self.lesson.seed), 0)
-        return processes.agree(self.teacher.kept if self.teacher.remembers(first.inputs) else 0)
+        first, _, _ = processes.part(*self._drawn(self._stream(), 0))
+        return processes.agree(self.teacher.kept if self.teacher.remembers(first) else 0)
 
     def _probed(self, means: Means, frozen: bool = False) -> tuple[float, float]:
         """Seconds of a step of a copy of the student, making the batch included, and of the teacher for it.
@@ -278,13 +279,12 @@ class Run:
         `frozen`: with its first layers frozen, where they can be.
         """
         self._compute(means)
-        model = self.teacher.model if self.teacher is not None else None
-        learner = Learner(self.student, model, self.lesson, self.rate, means)
-        stream = Stream(self.batches, self.lesson.labelled, self.lesson.seed)
+        learner = Learner(self.student, self.teacher, self.lesson, self.rate, means)
+        stream = self._stream()
         learning, teaching = [], []
         for step in range(PROBED_STEPS):
             began = time.monotonic()
-            batch = self._batch(learner, stream, step)
+            batch = learner.batch(*self._drawn(stream, step))
             if frozen and not step:
                 learner.freeze(batch.inputs)
             made = time.monotonic()
@@ -297,7 +297,7 @@ class Run:
 
     def _compute(self, means: Means) -> None:
         if self.teacher is not None:
-            self.teacher.answering.bf16, self.teacher.answering.compiled = means.bf16, means.compiled
+            self.teacher.answering.means = means
 
     def _save(self, seconds: float) -> None:
         state = {

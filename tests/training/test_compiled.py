@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from edgebuild.lift import lift
-from edgebuild.training.compiled import MOST_FORMS, Answering, evaluating
+from edgebuild.training.compiled import MOST_FORMS, Answering, Means, evaluating
 
 BF16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
@@ -33,7 +33,7 @@ def images(rows: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.skipif(not BF16, reason="no bf16"))])
 def test_what_is_compiled_gives_what_the_model_gives(bf16):
     model = lifted(Net())
-    plain, compiled = (Answering(model, ("last",), bf16, compiled) for compiled in (False, True))
+    plain, compiled = (Answering(model, ("last",), Means(bf16, compiled)) for compiled in (False, True))
     apart = 0.05 if bf16 else 1e-5
     for rows in (*range(1, MOST_FORMS + 3), 1):  # beyond the forms that it compiles for, it computes as it is
         for inputs in (images(rows), (images(rows)[0] * 2 + 1,)):
@@ -50,7 +50,7 @@ def test_what_is_not_lifted_or_differs_from_call_to_call_is_computed_as_it_is():
     noisy = lifted(Net())
     noisy.register_forward_hook(lambda module, inputs, output: (output[0] + torch.randn(8, 4),))
     for model in (Net(), noisy):
-        answering = Answering(model, compiled=True)
+        answering = Answering(model, means=Means(compiled=True))
         assert len(answering(images(8))) == 1 and list(answering._forms.values()) == [None]
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, fx, nn
 
 from edgebuild.lift import lift
 from edgebuild.spec import Distillation
+from edgebuild.training.compiled import Means
 from edgebuild.training.freezing import Settled, cut
 from edgebuild.training.learner import Lesson
 from edgebuild.transforms import distil
@@ -49,7 +50,7 @@ def test_the_parts_give_what_the_model_gives_and_have_its_layers():
     assert names(parts.rest) == names(model) - names(parts.first) and parts.layers == 5
     with torch.no_grad():
         assert torch.equal(parts.rest(parts.first(X)), model(X))
-        assert torch.allclose(Settled(parts, False, False)(X), model(X))
+        assert torch.allclose(Settled(parts, Means())(X), model(X))
     assert {id(p) for part in (parts.first, parts.rest) for p in part.parameters()} == set(map(id, model.parameters()))
 
 

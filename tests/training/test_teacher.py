@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from edgebuild import cache
+from edgebuild.training.compiled import Means
 from edgebuild.training.teacher import FEW, Teacher
 
 
@@ -94,7 +95,7 @@ def test_a_damaged_store_costs_time_and_nothing_else(damage):
 
 def test_in_bf16_outputs_are_rounded_and_still_fp32():
     exact, rounded = Teacher(net()), Teacher(net())
-    rounded.answering.bf16 = True
+    rounded.answering.means = Means(bf16=True)
     (right,), (found,) = exact(X).outputs, rounded(X).outputs
     assert found.dtype == torch.float32 and not torch.equal(found, right)
     assert torch.allclose(found, right, rtol=2e-2, atol=2e-2)
