@@ -100,6 +100,17 @@ def stacked(samples: Sequence[tuple[Tensor, ...]], size: int) -> Iterator[tuple[
         yield tuple(torch.cat(column) for column in zip(*chunk, strict=True))
 
 
+def up_to(lifted: fx.GraphModule, last: fx.Node) -> fx.GraphModule:
+    """The model up to and including a node, whose value is the output; with the model's inputs and its layers."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in lifted.graph.nodes:
+        if node.op == "placeholder" or last not in copied:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(copied[last])
+    return fx.GraphModule(lifted, graph)
+
+
 def outputs_of(result: Any) -> tuple[Tensor, ...]:
     """A model's result as a tuple of tensors."""
     if isinstance(result, Tensor):

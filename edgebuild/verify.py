@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from edgebuild import judge
 from edgebuild.devices import Arrays, Session
 from edgebuild.errors import EdgebuildError, TaskError
-from edgebuild.lift import outputs_of
+from edgebuild.lift import outputs_of, up_to
 from edgebuild.load import Loaded
 from edgebuild.spec import Accuracy, Artifact
 from edgebuild.task import Predict
@@ -70,20 +70,7 @@ def first_divergence(
 
 def _head(model: fx.GraphModule, last: str) -> fx.GraphModule:
     """The model up to and including a node, whose value becomes the output."""
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in model.graph.nodes:
-        if node.op == "output":
-            break
-        copied[node] = graph.node_copy(node, lambda n: copied[n])
-        if node.name == last:
-            graph.output(copied[node])
-            break
-    head = fx.GraphModule(model, graph)
-    for placeholder in [node for node in model.graph.nodes if node.op == "placeholder" and node not in copied]:
-        graph.placeholder(placeholder.name)
-    head.graph.lint()
-    head.recompile()
+    head = up_to(model, next(node for node in model.graph.nodes if node.name == last))
     for module in head.modules():
         module.training = False
     return head

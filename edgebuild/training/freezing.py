@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from edgebuild.lift import up_to
 from edgebuild.training.compiled import Answering, Means, evaluating
 
 SHARE = 0.5  # at most, of the elements that a model computes, in the layers that are frozen
@@ -55,16 +56,12 @@ def cut(model: nn.Module, inputs: tuple[Tensor, ...], hinted: tuple[str, ...] = 
 
 
 def _parts(model: fx.GraphModule, before: list[fx.Node], after: list[fx.Node]) -> Cut:
-    first, rest = fx.Graph(), fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in before:
-        copies[node] = first.node_copy(node, copies.__getitem__)
-    first.output(copies[before[-1]])
+    rest = fx.Graph()
     copies = {before[-1]: rest.placeholder("settled")}
     constants = {read for node in after for read in node.all_input_nodes if read.op == "get_attr"} & set(before)
     for node in [*(node for node in before if node in constants), *after]:
         copies[node] = rest.node_copy(node, copies.__getitem__)
-    return Cut(fx.GraphModule(model, first), fx.GraphModule(model, rest))
+    return Cut(up_to(model, before[-1]), fx.GraphModule(model, rest))
 
 
 def _elements(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[int]:
