@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edgebuild.lift import outputs_of
 from edgebuild.spec import Distillation
-from edgebuild.training import optimizer, processes
+from edgebuild.training import batch_norm, optimizer, processes
 from edgebuild.training.compiled import Means
 from edgebuild.training.freezing import Settled, cut
 from edgebuild.training.objective import Hint, Watched, feature_loss, objective
@@ -70,7 +70,7 @@ class Learner:
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.to(self.device)
-        processes.shared_norms(self.model)
+        batch_norm.for_training(self.model)
         self.optimizer, self.name = optimizer.make(self.model, rate)
         self.rate: float = self.optimizer.param_groups[0]["lr"]
         decay = 1 - 1 / max(2.0, span)
@@ -126,7 +126,7 @@ class Learner:
     def finished(self, model: nn.Module) -> nn.Module:
         """One of its models, as the student was: on the CPU, in eval mode and PyTorch's usual memory order."""
         self._watched.close()
-        processes.own_norms(model)
+        batch_norm.as_before(model)
         model = model.cpu().eval()
         if self.channels_last:
             model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -95,54 +95,6 @@ def prepared(model: nn.Module) -> nn.Module:
     return prepared
 
 
-def shared_norms(model: nn.Module) -> None:
-    """Give every batch norm of a model the statistics of all processes' rows. PyTorch's own does so on GPUs alone."""
-    if count() > 1:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.BatchNorm2d):
-                model.set_submodule(name, SharedBatchNorm(module))
-
-
-def own_norms(model: nn.Module) -> None:
-    """Undo `shared_norms`."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SharedBatchNorm):
-            model.set_submodule(name, module.norm)
-
-
-class SharedBatchNorm(nn.Module):
-    """A batch norm over all processes' rows (Ioffe and Szegedy 2015, arXiv:1502.03167), in training."""
-
-    def __init__(self, norm: nn.BatchNorm2d):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        from torch.distributed.nn.functional import all_reduce
-
-        norm = self.norm
-        if not norm.training or norm.running_mean is None or norm.running_var is None:
-            result: Tensor = norm(x)
-            return result
-        dims = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        sums = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
-        sums = all_reduce(sums)
-        rows, average = sums[-1].detach(), sums[:-1] / sums[-1].detach()
-        centred = x - average.view(shape)
-        variance = all_reduce(centred.square().sum(dims)) / rows
-        with torch.no_grad():
-            share = norm.momentum if norm.momentum is not None else 0.1
-            norm.running_mean.lerp_(average.to(norm.running_mean.dtype), share)
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-            norm.running_var.lerp_((variance * rows / (rows - 1)).to(norm.running_var.dtype), share)
-        scaled: Tensor = centred * (variance + norm.eps).rsqrt().view(shape)
-        if norm.weight is not None:
-            scaled = scaled * norm.weight.view(shape) + norm.bias.view(shape)
-        return scaled
-
-
 def _broadcast(values: list[Any]) -> list[Any]:
     from accelerate.utils import broadcast_object_list
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from edgebuild.clock import Progress, silent
 from edgebuild.errors import TaskError, TransformError
-from edgebuild.training import checkpoint, processes
+from edgebuild.training import checkpoint, memory, processes
 from edgebuild.training.learner import Lesson
 from edgebuild.training.run import Diverged, Run, Training
 from edgebuild.training.teacher import Teacher
@@ -52,9 +52,10 @@ def _train(
     taught = Teacher(norms.folded(teacher), lesson.digest, layers) if teacher is not None else None
     rate = lesson.settings.learning_rate
     for restart in range(MOST_RESTARTS + 1):
-        run = Run(student, taught, batches, lesson, rate, progress)
         try:
-            return run.finish()
+            with memory.kept():
+                run = Run(student, taught, batches, lesson, rate, progress)
+                return run.finish()
         except Diverged as error:
             if lesson.keep:
                 checkpoint.remove(lesson.keep)
