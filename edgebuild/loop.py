@@ -25,7 +25,7 @@ from edgebuild.propose import (
     with_rounding,
 )
 from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
-from edgebuild.students import CLEARLY
+from edgebuild.students import CLEARLY, expected
 
 Make = Callable[[Planner | None], Base | None]
 
@@ -120,7 +120,7 @@ def _improve_base(
             if attempt.draft and not attempt.failed:
                 if not given:
                     planner, proposed = _refined(planner, proposed, attempt, tried, original, loaded, clock, trail)
-                other = _rival(planner, proposed, rival)
+                other = _rival(planner, rival)
                 rival = None
                 if other is not None:
                     other, _ = _improve_base(other, None, None, original, loaded, clock, trail)
@@ -204,14 +204,17 @@ def _refined(
     return planner, best
 
 
-def _rival(planner: Planner, proposed: Proposal, make: Make | None) -> Planner | None:
-    """The planner of the base that is estimated to lose clearly less than a plan, if there is one."""
+def _rival(planner: Planner, make: Make | None) -> Planner | None:
+    """The planner of the base that is estimated to lose clearly less than this one's, if there is one."""
     base = make(planner) if make is not None else None
     if base is None:
         return None
     other = replace(planner, base=base, candidates=base.candidates)
-    best, _ = propose(other, [])
-    return other if best is not None and base.lost + best.total_loss < CLEARLY * proposed.total_loss else None
+    (short, _), (whole, _) = propose(other, []), propose(planner, [])
+    if short is None or whole is None:
+        return other if short is not None else None
+    less = expected(base.lost, short.total_loss, planner.profile) < CLEARLY * whole.total_loss
+    return other if less else None
 
 
 def _note(planner: Planner, attempt: Attempt, trail: _Trail, clock: Clock) -> Planner:

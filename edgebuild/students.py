@@ -15,7 +15,8 @@ from edgebuild.spec import Candidate, Profile, Width
 from edgebuild.transforms import shorten
 from edgebuild.transforms.shorten import Shortened
 
-CLEARLY = 0.5  # of what the whole model's plan loses: estimates of two models are not compared to the last digit
+CLEARLY = 0.8  # of what the whole model's plan loses: estimates of two models are not compared to the last digit
+TRAINED = 0.5  # of what dropped blocks lose is counted where training follows: it is regained sooner than the rest
 
 
 def shortened(model: Base, dropped: Sequence[str], loaded: Loaded, profile: Profile, inputs_digest: str) -> Base:
@@ -27,6 +28,11 @@ def shortened(model: Base, dropped: Sequence[str], loaded: Loaded, profile: Prof
     return replace(base, dropped=tuple(dropped), lost=lost)
 
 
+def expected(lost: float, rest: float, profile: Profile) -> float:
+    """Nats to compare plans by: what dropped blocks lose, as it counts, and what the plan for the rest does."""
+    return (TRAINED if "distil" in profile.techniques else 1.0) * lost + rest
+
+
 def choose(planner: Planner, loaded: Loaded) -> tuple[Shortened, str] | None:
     """How many blocks to drop, and why; None where no plan without them is expected to lose less than with all.
 
@@ -34,17 +40,17 @@ def choose(planner: Planner, loaded: Loaded) -> tuple[Shortened, str] | None:
     is what their removal really loses and what the planner estimates for the rest, as if the other layers were as
     sensitive as before: enough to count blocks by, and the one that is chosen is analysed anew.
     """
-    inputs, logits = loaded.task.example_inputs, loaded.task.outputs == "logits"
+    inputs, logits, profile = loaded.task.example_inputs, loaded.task.outputs == "logits", planner.profile
     proposed, _ = propose(planner, [])
     whole = proposed.total_loss if proposed else inf
     least = CLEARLY * whole
     best: Shortened | None = None
     for short in shorten.greedy(planner.base.model, inputs, spread(loaded.samples), logits):
-        if short.loss >= least:  # each further drop loses more
+        if expected(short.loss, 0.0, profile) >= least:  # each further drop loses more
             break
         proposed, _ = propose(_without(planner, short.model, loaded), [])
-        if proposed is not None and short.loss + proposed.total_loss < least:
-            best, least = short, short.loss + proposed.total_loss
+        if proposed is not None and (loss := expected(short.loss, proposed.total_loss, profile)) < least:
+            best, least = short, loss
     if best is None:
         return None
     names = ", ".join(block.name for block in best.dropped)
