@@ -25,7 +25,7 @@ from edgebuild.propose import (
     with_rounding,
 )
 from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
-from edgebuild.students import CLEARLY, expected
+from edgebuild.students import expected
 
 Make = Callable[[Planner | None], Base | None]
 
@@ -205,16 +205,16 @@ def _refined(
 
 
 def _rival(planner: Planner, make: Make | None) -> Planner | None:
-    """The planner of the base that is estimated to lose clearly less than this one's, if there is one."""
+    """The planner of the base that is still estimated to lose less than this one's, if there is one."""
     base = make(planner) if make is not None else None
     if base is None:
         return None
     other = replace(planner, base=base, candidates=base.candidates)
     (short, _), (whole, _) = propose(other, []), propose(planner, [])
-    if short is None or whole is None:
-        return other if short is not None else None
-    less = expected(base.lost, short.total_loss, planner.profile) < CLEARLY * whole.total_loss
-    return other if less else None
+    if short is None:
+        return None
+    loss = expected(base.lost, short.total_loss, planner.profile)
+    return other if whole is None or loss < whole.total_loss else None
 
 
 def _note(planner: Planner, attempt: Attempt, trail: _Trail, clock: Clock) -> Planner:

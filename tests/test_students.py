@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edgebuild import loop, pipeline, students
+from edgebuild import pipeline, students
 from edgebuild.errors import SpecError, TransformError
 from edgebuild.pipeline import Request
 from edgebuild.spec import Report
@@ -120,8 +120,7 @@ def test_the_bundle_says_what_was_dropped(report: Report, folder: Path) -> None:
 
 def test_blocks_go_where_they_lose_less_than_pruning(folder: Path, bound: int, monkeypatch) -> None:
     """A size that pruning reaches: the plan for the whole model is drafted, and not trained."""
-    for module in (students, loop):
-        monkeypatch.setattr(module, "CLEARLY", 2.0)  # a random model's blocks are as important as its channels
+    monkeypatch.setattr(students, "TRAINED", 0.0)  # a random model's blocks are as important as its channels
     report = pipeline.build(request_for(folder, round(1.3 * bound)), silent)
     assert report.outcome == "met" and report.plan is not None and report.plan.base == "shortened"
     assert any("nats with them" in why for why in report.plan.why)

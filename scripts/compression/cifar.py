@@ -61,7 +61,7 @@ def _decode(archive: Path) -> dict[str, Tensor]:
 def augmented(data: Images, seed: int, epochs: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled batches, each image moved by up to 4 pixels and flipped in every other epoch; floats in 0..255.
 
-    Flips that alternate show an image less often as it was seen before than random ones (Jordan 2024, arXiv:2404.00498).
+    Flips that alternate show an image less often as it was before than random ones do (Jordan 2024, arXiv:2404.00498).
     """
     generator = torch.Generator().manual_seed(seed)
     rows, first = torch.arange(32), torch.rand(len(data.train), generator=generator) < 0.5
