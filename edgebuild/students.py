@@ -29,16 +29,16 @@ def shortened(model: Base, dropped: Sequence[str], loaded: Loaded, profile: Prof
 
 
 def expected(lost: float, rest: float, profile: Profile) -> float:
-    """Nats to compare plans by: what dropped blocks lose, as it counts, and what the plan for the rest does."""
+    """Nats to compare plans by: what dropped blocks lost, as it counts, and what the plan for the rest loses."""
     return (TRAINED if "distil" in profile.techniques else 1.0) * lost + rest
 
 
 def choose(planner: Planner, loaded: Loaded) -> tuple[Shortened, str] | None:
-    """How many blocks to drop, and why; None where no plan without them is expected to lose less than with all.
+    """Which blocks to drop, and why; None where no plan without some is expected to lose clearly less than with all.
 
     `planner` is the one of the task's model, as corrected by what was measured. What a plan without some blocks loses
-    is what their removal really loses and what the planner estimates for the rest, as if the other layers were as
-    sensitive as before: enough to count blocks by, and the one that is chosen is analysed anew.
+    is what their removal really loses, as it counts, and what the planner estimates for the rest, as if the other
+    layers were as sensitive as before: enough to count blocks by, and the model that is chosen is analysed anew.
     """
     inputs, logits, profile = loaded.task.example_inputs, loaded.task.outputs == "logits", planner.profile
     proposed, _ = propose(planner, [])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edgebuild import pipeline, students
+from edgebuild import catalog, pipeline, students
 from edgebuild.errors import SpecError, TransformError
 from edgebuild.pipeline import Request
 from edgebuild.spec import Report
@@ -116,6 +116,14 @@ def test_the_bundle_says_what_was_dropped(report: Report, folder: Path) -> None:
     assert (
         "without the residual blocks" in markdown and json.loads((folder / "out" / "plan.json").read_text())["dropped"]
     )
+
+
+def test_what_blocks_lose_counts_less_where_training_follows() -> None:
+    profile = catalog.load_profile("mobile-cpu")
+    assert "distil" in profile.techniques
+    untrained = replace(profile, techniques=("quantize", "prune"))
+    assert students.expected(0.2, 0.1, untrained) == pytest.approx(0.3)
+    assert 0.1 < students.expected(0.2, 0.1, profile) < 0.3
 
 
 def test_blocks_go_where_they_lose_less_than_pruning(folder: Path, bound: int, monkeypatch) -> None:

@@ -98,8 +98,8 @@ class FoldedBatchNorm(_Training):
 
     def _folds(self, x: Tensor) -> bool:
         fitting = x.dim() == 4 and x.shape[2] * x.shape[3] % self.pixels == 0 and x.numel() >= WORTHWHILE
-        able = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-        return fitting and able and x.is_contiguous(memory_format=torch.channels_last)
+        known = x.dtype in (torch.float32, torch.bfloat16) and self.norm.weight.dtype == torch.float32
+        return fitting and known and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _Folded(torch.autograd.Function):

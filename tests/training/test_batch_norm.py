@@ -60,3 +60,4 @@ def test_what_does_not_fold_is_pytorchs_own():
         assert torch.equal(folded(other), copy.deepcopy(folded.norm)(other))
     folded.eval()
     assert torch.equal(folded(x), folded.norm(x))
+    assert not folded.bfloat16()._folds(x.bfloat16())
