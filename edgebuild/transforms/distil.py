@@ -7,7 +7,7 @@ from torch import nn
 
 from edgebuild.clock import Progress, silent
 from edgebuild.errors import TaskError, TransformError
-from edgebuild.training import checkpoint, memory, processes
+from edgebuild.training import allocator, checkpoint, processes
 from edgebuild.training.learner import Lesson
 from edgebuild.training.run import Diverged, Run, Training
 from edgebuild.training.teacher import Teacher
@@ -53,7 +53,7 @@ def _train(
     rate = lesson.settings.learning_rate
     for restart in range(MOST_RESTARTS + 1):
         try:
-            with memory.kept():
+            with allocator.kept_memory():
                 run = Run(student, taught, batches, lesson, rate, progress)
                 return run.finish()
         except Diverged as error:

@@ -4,7 +4,7 @@ import resource
 import pytest
 import torch
 
-from edgebuild.training import memory
+from edgebuild.training import allocator
 
 
 def faults() -> int:
@@ -17,7 +17,7 @@ def faults() -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's memory is left as it is")
 def test_what_is_freed_is_used_again_in_the_block_and_given_back_after_it():
     anew = faults()
-    with memory.kept():
+    with allocator.kept_memory():
         faults()
         again = faults()
     assert again * 10 < anew

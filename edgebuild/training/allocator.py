@@ -1,4 +1,4 @@
-"""The C library's memory, kept between the steps of a training: each needs what the one before it gave back."""
+"""The C library's allocator in a training, each of whose steps needs the memory that the one before it gave back."""
 
 import ctypes
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ LARGEST_OF_ITS_OWN = 32 << 20  # the threshold for mmap up to which glibc goes b
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def kept_memory() -> Iterator[None]:
     """In a block, what is freed stays with the process; afterwards it goes back to the system.
 
     glibc asks the system for the memory of large tensors anew at every step, and the system clears each of its pages:
