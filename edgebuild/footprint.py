@@ -16,7 +16,7 @@ from functools import cache
 from math import prod
 from typing import Literal
 
-from edgebuild.spec import GROUP, SEGMENT, LayerFacts, Precision, Scheme
+from edgebuild.spec import DEPTH, GROUP, SEGMENT, LayerFacts, Precision, Scheme
 
 ArtifactKind = Literal["pte", "torchscript"]
 
@@ -72,7 +72,7 @@ def file_bytes(images: bool, kind: ArtifactKind = "pte") -> int:
 @cache
 def layer_bytes(layer: LayerFacts, precision: Precision, kind: ArtifactKind = "pte", scheme: Scheme = "static") -> int:
     """Bytes that a layer adds to an artifact."""
-    if scheme == "8da4w" and layer.op != "linear":
+    if not rounds(layer, scheme):
         precision = "fp32"
     stored = constants(layer, precision, scheme) if layer.weighted else ()
     if kind == "torchscript":
@@ -85,6 +85,13 @@ def layer_bytes(layer: LayerFacts, precision: Precision, kind: ArtifactKind = "p
     said = _WEIGHTED["depthwise" if layer.depthwise else layer.op][precision]
     said += sum(2 * _PADDED_SIDE for size in layer.kernel if size > 1) - (0 if layer.bias else _NO_BIAS[precision])
     return said + sum(_padded(size, SEGMENT) for size in stored)
+
+
+def rounds(layer: LayerFacts, scheme: Scheme) -> bool:
+    """Whether a scheme computes a layer in less than fp32: those that find ranges at run time leave many alone."""
+    if scheme == "static" or layer.op == "linear":
+        return True
+    return scheme == "dynamic" and layer.op == "conv2d" and layer.in_channels // layer.groups >= DEPTH
 
 
 def constants(layer: LayerFacts, precision: Precision, scheme: Scheme = "static") -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from edgebuild import trials
+from edgebuild import footprint, trials
 from edgebuild.attempt import Attempt, Original, carry_out
 from edgebuild.base import Base
 from edgebuild.clock import Clock
@@ -24,6 +24,7 @@ from edgebuild.propose import (
     start,
     with_rounding,
 )
+from edgebuild.report.figures import figure
 from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
 from edgebuild.students import expected
 
@@ -33,6 +34,10 @@ LARGEST_CORRECTION = 5.0
 MOST_DRAFTS = 12  # plans of one base; each was corrected by those before it
 REFINEMENTS = 3  # drafts after one that fits, each where it is expected to lose so much less
 WORTH_REFINING = 0.95
+TIMED = ("latency", "latency_p95", "latency_p99", "throughput")
+TIGHT = 0.2  # share of a bound that is left, from where on a faster way to compute int8 is of use
+MOSTLY = 0.5  # of the MACs have to be in layers that it computes
+FASTER, LOSES_MORE = 0.97, 1.1  # times what the plan takes, and loses, otherwise
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,11 @@ def improve(
         base = make(planner)
         if base is None or any(attempt.base is base for attempt in trail.attempts):
             continue
-        before = planner.factors if planner is not None and base.name == "shortened" else {}  # the same layers
-        planner = Planner(base, profile, tuple(targets), before, base.candidates)
-        planner = replace(planner, factors=before or first_factors(planner, original))
+        if planner is not None and base.name == "shortened":  # the same layers
+            planner = replace(planner, base=base, candidates=base.candidates)
+        else:
+            planner = Planner(base, profile, tuple(targets), {}, base.candidates, base.scheme)
+            planner = replace(planner, factors=first_factors(planner, original))
         planner, infeasible = _improve_base(planner, given, rival, original, loaded, clock, trail)
         rival = None
         with clock.stage("plan", "looking for what each budget could be"):
@@ -117,6 +124,9 @@ def _improve_base(
         try:
             attempt = carry_out(planner, proposed, original, loaded, clock, draft=proposed.plan.distil)
             planner = _note(planner, attempt, trail, clock)
+            if len(tried) == 1 and not given and attempt.outcome != "met" and _may_be_faster(planner, attempt):
+                planner, attempt = _by_other_scheme(planner, attempt, original, loaded, clock, trail)
+                proposed = attempt.proposal
             if attempt.draft and not attempt.failed:
                 if not given:
                     planner, proposed = _refined(planner, proposed, attempt, tried, original, loaded, clock, trail)
@@ -204,6 +214,60 @@ def _refined(
     return planner, best
 
 
+def _may_be_faster(planner: Planner, attempt: Attempt) -> bool:
+    """Whether a plan could be faster with ranges found at run time, and that would be of use.
+
+    Inputs are unsigned then, which spares XNNPACK's kernels for x86 an instruction of three; how fast that is on a
+    target is measured.
+    """
+    if attempt.plan.precision != "int8" or planner.scheme != "static":
+        return False
+    if "dynamic" not in planner.base.backend.schemes:
+        return False
+    layers = planner.base.facts.layers
+    rounded = sum(layer.macs for layer in layers if layer.weighted and footprint.rounds(layer, "dynamic"))
+    tight = any(v.margin is not None and v.margin < TIGHT for v in attempt.verdicts if v.kind in TIMED)
+    return tight and rounded > MOSTLY * planner.base.facts.macs
+
+
+def _timed(attempt: Attempt) -> dict[tuple[str, str], float]:
+    """What each budget for time was found to be, by (kind, target)."""
+    return {(v.kind, v.target): v.value for v in attempt.verdicts if v.kind in TIMED and v.value}
+
+
+def _by_other_scheme(
+    planner: Planner, attempt: Attempt, original: Original, loaded: Loaded, clock: Clock, trail: _Trail
+) -> tuple[Planner, Attempt]:
+    """The same plan with ranges found at run time, if that is measured to be clearly faster and breaks nothing more.
+
+    Else the attempt as it is. With it the planner that goes on in its scheme.
+    """
+    other = replace(planner, scheme="dynamic")
+    plan = replace(attempt.proposal.plan, scheme="dynamic")
+    try:
+        proposed = proposal(other, plan, attempt.proposal.solve)
+        tried = carry_out(other, proposed, original, loaded, clock, draft=attempt.draft)
+    except (TransformError, BackendError) as error:
+        trail.findings.append(Finding("skipped", "ranges found at run time", f"the plan could not be built: {error}"))
+        return planner, attempt
+    before, after = _timed(attempt), _timed(tried)
+    both = [key for key in before if key in after]
+    ratios = [before[key] / after[key] if key[0] == "throughput" else after[key] / before[key] for key in both]
+    said = ", ".join(
+        f"{figure(kind, after[kind, target])} {kind} on {target} instead of {figure(kind, before[kind, target])}"
+        for kind, target in both
+    )
+    more = {verdict.kind for verdict in tried.failed} - {verdict.kind for verdict in attempt.failed}
+    loses = tried.built.loss > LOSES_MORE * attempt.built.loss
+    if len(both) < len(before) or max(ratios) > 1 or min(ratios) > FASTER or more or loses:
+        what = f"int8 with ranges found at run time was measured as well, and not taken: {said or 'not to be run'}"
+        trail.findings.append(Finding("note", "quantize", what))
+        return planner, attempt
+    why = (*plan.why, f"ranges found at run time: {said}")
+    tried = replace(tried, proposal=replace(proposed, plan=replace(plan, why=why)))
+    return _note(other, tried, trail, clock), tried
+
+
 def _rival(planner: Planner, make: Make | None) -> Planner | None:
     """The planner of the base that is still estimated to lose less than this one's, if there is one."""
     base = make(planner) if make is not None else None
@@ -281,9 +345,9 @@ def first_factors(planner: Planner, original: Original) -> Factors:
 def corrected(planner: Planner, attempt: Attempt) -> Planner:
     """The planner after an attempt: costs scaled to what was found, losses to what an untrained plan really lost.
 
-    What was found of another scheme than the base's says nothing of the plans to come.
+    What was found of another scheme than the planner's says nothing of the plans to come.
     """
-    if attempt.plan.precision == "int8" and attempt.plan.scheme != planner.base.scheme:
+    if attempt.plan.precision == "int8" and attempt.plan.scheme != planner.scheme:
         return planner
     factors = dict(planner.factors)
     for verdict in attempt.verdicts:

@@ -484,6 +484,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 Scheme = Literal["static", "dynamic", "8da4w"]
 SCHEMES: tuple[Scheme, ...] = ("static", "dynamic", "8da4w")
 GROUP = 32  # 4-bit weights of a row that share a scale
+DEPTH = 8  # input channels that XNNPACK's int8 kernels sum at once; fewer are filled up with zeros
 SEGMENT = 16  # where the segments of a `.pte` may start: XNNPACK packs constants anew, and no other kernel wants more
 MODEL_INPUT = ""
 

@@ -28,7 +28,7 @@ from compression import builds, mnist, resume, tools  # noqa: E402
 
 # How many times smaller and faster than fp32, points that may be lost, minutes of training. The first is int8 alone.
 POINTS: dict[str, tuple[float, float, float, str]] = {
-    "int8": (3.8, 2.5, 0.2, ""),
+    "int8": (3.8, 2.9, 0.2, ""),
     "8x-5x-3min": (8, 5, 1.0, "3 min"),
     "14x-9x-15min": (14, 9, 0.5, "15 min"),
     "22x-10x-15min": (22, 10, 1.5, "15 min"),

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from edgebuild.errors import BackendError, first_line
 from edgebuild.lift import export
-from edgebuild.spec import GROUP, SEGMENT, Artifact, Scheme
+from edgebuild.spec import DEPTH, GROUP, SEGMENT, Artifact, Scheme
 
 aten = torch.ops.aten
 
@@ -41,14 +41,40 @@ def quantizer(keep_fp32: tuple[str, ...] = (), scheme: Scheme = "static") -> Any
 
     if scheme == "8da4w":
         return _grouped(keep_fp32)
-    config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=scheme == "dynamic")
-    made = XNNPACKQuantizer().set_global(config)
+    dynamic, kept = scheme == "dynamic", set(keep_fp32)
+    config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
+    made = (_dynamic() if dynamic else XNNPACKQuantizer()).set_global(config)
     # batch norm is folded before the quantizer sees the graph; looking for it takes most of its time
     made.SUPPORTED_PATTERNS = [pattern for pattern in made.SUPPORTED_PATTERNS if "_bn" not in pattern.name]
-    if keep_fp32:
-        kept = set(keep_fp32)
-        made.set_filter_function(lambda node: not kept & _module_path(node))
+    if kept or dynamic:
+        made.set_filter_function(lambda node: not kept & _module_path(node) and not (dynamic and _is_shallow(node)))
     return made
+
+
+def _dynamic() -> Any:
+    """XNNPACK's quantizer for ranges found at run time, with the convolutions that a ReLU follows.
+
+    ExecuTorch's own leaves those to a pattern of both, which it has for ranges found beforehand alone. The lowering
+    puts the ReLU into the convolution all the same.
+    """
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer, xnnpack_quantizer_utils
+
+    class Dynamic(xnnpack_quantizer.XNNPACKQuantizer):
+        def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+            with patch.object(xnnpack_quantizer_utils, "is_relu_node", lambda node: False):
+                annotated: fx.GraphModule = super().annotate(model)
+            return annotated
+
+    return Dynamic()
+
+
+def _is_shallow(node: fx.Node) -> bool:
+    """Whether a convolution sums over fewer channels than the int8 kernels take at once, as an image's colours."""
+    if node.target not in _PRODUCTS[1:]:
+        return False
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return int(weight.meta["val"].shape[1]) < DEPTH
 
 
 def _grouped(keep_fp32: tuple[str, ...]) -> Any:

@@ -196,8 +196,11 @@ class _Twice(fx.Interpreter):
 
 def converted(graph: fx.GraphModule) -> nn.Module:
     """The graph with real quantize/dequantize pairs, ready to lower."""
+    from executorch.backends.transforms.duplicate_dynamic_quant_chain import DuplicateDynamicQuantChainPass
+
     _rebind(graph)
     made = convert_pt2e(graph)
+    DuplicateDynamicQuantChainPass()(made)  # layers that share a rounding found at run time would split the delegate
     for module in made.modules():
         module.training = False  # it was exported in eval mode; the flag alone is wrong, and eval() is refused
     return made
