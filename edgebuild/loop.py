@@ -244,9 +244,9 @@ def _by_other_scheme(
     """
     other = replace(planner, scheme="dynamic")
     plan = replace(attempt.proposal.plan, scheme="dynamic")
+    proposed = proposal(other, plan, attempt.proposal.solve)
     try:
-        proposed = proposal(other, plan, attempt.proposal.solve)
-        tried = carry_out(other, proposed, original, loaded, clock, draft=attempt.draft)
+        tried = carry_out(other, proposed, original, loaded, clock, draft=True)
     except (TransformError, BackendError) as error:
         trail.findings.append(Finding("skipped", "ranges found at run time", f"the plan could not be built: {error}"))
         return planner, attempt
@@ -264,7 +264,10 @@ def _by_other_scheme(
         trail.findings.append(Finding("note", "quantize", what))
         return planner, attempt
     why = (*plan.why, f"ranges found at run time: {said}")
-    tried = replace(tried, proposal=replace(proposed, plan=replace(plan, why=why)))
+    proposed = replace(proposed, plan=replace(plan, why=why))
+    tried = replace(tried, proposal=proposed)
+    if not attempt.draft and not tried.failed:
+        tried = carry_out(other, proposed, original, loaded, clock, draft=False)
     return _note(other, tried, trail, clock), tried
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgebuild import costs
+from edgebuild import costs, footprint
 from edgebuild.analyse import analyse, cut
 from edgebuild.backends import BACKENDS
 from edgebuild.footprint import constants, layer_bytes, pointer_bytes
@@ -133,3 +133,14 @@ def test_peak_memory_within_a_tenth_on_the_arm_device(lifted, image, lowered, pr
         guest.run(tuple(x.numpy() for x in image))
     choice = Choice(analyse(lifted, image), precision)
     assert costs.peak_memory(choice.facts).of(choice) == pytest.approx(guest.peak, rel=0.1)
+
+
+def test_what_a_scheme_leaves_in_fp32(lifted, image):
+    """Ranged at run time: the depthwise convolution, the one of an image's colours and what has no weights."""
+    layers = {layer.name: layer for layer in analyse(lifted, image).layers}
+    left = [name for name, layer in layers.items() if layer.weighted and not footprint.rounds(layer, "dynamic")]
+    assert left == [name for name, layer in layers.items() if layer.depthwise or layer.name == next(iter(layers))]
+    assert all(footprint.rounds(layer, "static") for layer in layers.values())
+    assert [name for name, x in layers.items() if footprint.rounds(x, "8da4w")] == [
+        name for name, x in layers.items() if x.op == "linear"
+    ]

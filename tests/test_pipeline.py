@@ -1,5 +1,6 @@
 """The whole flow in one process, on a small network: what the loop does, and what its report holds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from edgebuild import judge, loop, pipeline
 from edgebuild.attempt import Attempt
 from edgebuild.devices import host
 from edgebuild.pipeline import Request
-from edgebuild.spec import Report
+from edgebuild.spec import Report, Verdict
 
 TASK = """
 import torch
@@ -133,6 +134,32 @@ def test_the_draft_that_really_loses_least_is_trained(folder: Path, monkeypatch:
     assert (least is drafts[0]) or "drafted once more" in report.plan.why[-1]
     until_clear = [isinstance(getattr(last, "__self__", None), judge.Runs) for last in last_arguments]
     assert until_clear == [False] * (len(until_clear) - 1) + [True]
+
+
+@pytest.mark.parametrize(("ratio", "scheme", "outcome"), [(0.5, "dynamic", "met"), (2.0, "static", "infeasible")])
+def test_int8_is_computed_as_it_is_measured_to_be_faster(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, scheme: str, outcome: str
+) -> None:
+    carry_out = loop.carry_out
+
+    def timed(*arguments: Any, **options: Any) -> Attempt:
+        attempt = carry_out(*arguments, **options)
+        seconds = 1e-3 * (ratio if attempt.plan.scheme == "dynamic" else 1.0)
+
+        def held(verdict: Verdict) -> Verdict:
+            fits = "pass" if seconds <= verdict.bound else "fail"
+            return replace(verdict, value=seconds, margin=1 - seconds / verdict.bound, status=fits)
+
+        return replace(attempt, verdicts=tuple(held(v) if v.kind == "latency" else v for v in attempt.verdicts))
+
+    monkeypatch.setattr(loop, "carry_out", timed)
+    report = build(folder, 'latency = "0.8 ms"', 'techniques = ["quantize"]')
+    assert report.outcome == outcome
+    assert [report.rounds[0].plan.scheme, report.rounds[-1].plan.scheme] == ["static", scheme]
+    why = report.rounds[-1].plan.why
+    assert ("ranges found at run time: 500 us latency on host instead of 1 ms" in why) == (scheme == "dynamic")
+    refused = [row.what for row in report.findings if "ranges found at run time" in row.what]
+    assert len(refused) == (scheme == "static")
 
 
 def test_the_profiles_time_ends_the_loop_with_the_best_so_far(folder: Path) -> None:
