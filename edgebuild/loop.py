@@ -24,7 +24,6 @@ from edgebuild.propose import (
     start,
     with_rounding,
 )
-from edgebuild.report.figures import figure
 from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
 from edgebuild.students import expected
 
@@ -35,9 +34,8 @@ MOST_DRAFTS = 12  # plans of one base; each was corrected by those before it
 REFINEMENTS = 3  # drafts after one that fits, each where it is expected to lose so much less
 WORTH_REFINING = 0.95
 TIMED = ("latency", "latency_p95", "latency_p99", "throughput")
-TIGHT = 0.2  # share of a bound that is left, from where on a faster way to compute int8 is of use
-MOSTLY = 0.5  # of the MACs have to be in layers that it computes
-FASTER, LOSES_MORE = 0.97, 1.1  # times what the plan takes, and loses, otherwise
+MOST_FASTER = 1.5  # times, by ranges found at run time: one instruction in three is spared
+MOSTLY = 0.5  # of the MACs have to be in layers that are computed so
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,9 @@ def improve(
         base = make(planner)
         if base is None or any(attempt.base is base for attempt in trail.attempts):
             continue
-        if planner is not None and base.name == "shortened":  # the same layers
-            planner = replace(planner, base=base, candidates=base.candidates)
-        else:
-            planner = Planner(base, profile, tuple(targets), {}, base.candidates, base.scheme)
-            planner = replace(planner, factors=first_factors(planner, original))
+        before = planner.factors if planner is not None and base.name == "shortened" else {}  # the same layers
+        planner = Planner(base, profile, tuple(targets), before, base.candidates)
+        planner = replace(planner, factors=before or first_factors(planner, original))
         planner, infeasible = _improve_base(planner, given, rival, original, loaded, clock, trail)
         rival = None
         with clock.stage("plan", "looking for what each budget could be"):
@@ -124,8 +120,8 @@ def _improve_base(
         try:
             attempt = carry_out(planner, proposed, original, loaded, clock, draft=proposed.plan.distil)
             planner = _note(planner, attempt, trail, clock)
-            if len(tried) == 1 and not given and attempt.outcome != "met" and _may_be_faster(planner, attempt):
-                planner, attempt = _by_other_scheme(planner, attempt, original, loaded, clock, trail)
+            if len(tried) == 1 and not given and _may_be_fast_enough(attempt):
+                attempt = _ranged_at_run_time(planner, attempt, original, loaded, clock, trail)
                 proposed = attempt.proposal
             if attempt.draft and not attempt.failed:
                 if not given:
@@ -214,61 +210,37 @@ def _refined(
     return planner, best
 
 
-def _may_be_faster(planner: Planner, attempt: Attempt) -> bool:
-    """Whether a plan could be faster with ranges found at run time, and that would be of use.
+def _may_be_fast_enough(attempt: Attempt) -> bool:
+    """Whether int8 alone is too slow, and could be fast enough with ranges found at run time.
 
-    Inputs are unsigned then, which spares XNNPACK's kernels for x86 an instruction of three; how fast that is on a
-    target is measured.
+    Its inputs are unsigned, which spares XNNPACK's kernels for VNNI an instruction of three. They have to be ranged and
+    rounded for each layer, though: that pays for whole convolutions, not for the many small ones of a factorized plan.
     """
-    if attempt.plan.precision != "int8" or planner.scheme != "static":
+    plan, facts = attempt.plan, attempt.base.facts
+    if attempt.draft or plan.precision != "int8" or plan.scheme != "static" or plan.widths or plan.forms:
         return False
-    if "dynamic" not in planner.base.backend.schemes:
-        return False
-    layers = planner.base.facts.layers
-    rounded = sum(layer.macs for layer in layers if layer.weighted and footprint.rounds(layer, "dynamic"))
-    tight = any(v.margin is not None and v.margin < TIGHT for v in attempt.verdicts if v.kind in TIMED)
-    return tight and rounded > MOSTLY * planner.base.facts.macs
+    slow = [verdict for verdict in attempt.failed if verdict.kind in TIMED]
+    near = all(v.value and max(v.value / v.bound, v.bound / v.value) < MOST_FASTER for v in slow)
+    rounded = sum(layer.macs for layer in facts.layers if layer.weighted and footprint.rounds(layer, "dynamic"))
+    known = "dynamic" in attempt.base.backend.schemes
+    return known and bool(slow) and len(slow) == len(attempt.failed) and near and rounded > MOSTLY * facts.macs
 
 
-def _timed(attempt: Attempt) -> dict[tuple[str, str], float]:
-    """What each budget for time was found to be, by (kind, target)."""
-    return {(v.kind, v.target): v.value for v in attempt.verdicts if v.kind in TIMED and v.value}
-
-
-def _by_other_scheme(
+def _ranged_at_run_time(
     planner: Planner, attempt: Attempt, original: Original, loaded: Loaded, clock: Clock, trail: _Trail
-) -> tuple[Planner, Attempt]:
-    """The same plan with ranges found at run time, if that is measured to be clearly faster and breaks nothing more.
-
-    Else the attempt as it is. With it the planner that goes on in its scheme.
-    """
-    other = replace(planner, scheme="dynamic")
-    plan = replace(attempt.proposal.plan, scheme="dynamic")
-    proposed = proposal(other, plan, attempt.proposal.solve)
+) -> Attempt:
+    """The same plan with ranges found at run time, if that keeps every budget for what is measured; else as it is."""
+    why = (*attempt.plan.why, "ranges found at run time: with ranges from before int8 alone is too slow")
+    proposed = proposal(planner, replace(attempt.proposal.plan, scheme="dynamic", why=why))
     try:
-        tried = carry_out(other, proposed, original, loaded, clock, draft=True)
+        other = carry_out(planner, proposed, original, loaded, clock, draft=True)
+        if not other.failed:
+            other = carry_out(planner, proposed, original, loaded, clock, draft=False)
     except (TransformError, BackendError) as error:
         trail.findings.append(Finding("skipped", "ranges found at run time", f"the plan could not be built: {error}"))
-        return planner, attempt
-    before, after = _timed(attempt), _timed(tried)
-    both = [key for key in before if key in after]
-    ratios = [before[key] / after[key] if key[0] == "throughput" else after[key] / before[key] for key in both]
-    said = ", ".join(
-        f"{figure(kind, after[kind, target])} {kind} on {target} instead of {figure(kind, before[kind, target])}"
-        for kind, target in both
-    )
-    more = {verdict.kind for verdict in tried.failed} - {verdict.kind for verdict in attempt.failed}
-    loses = tried.built.loss > LOSES_MORE * attempt.built.loss
-    if len(both) < len(before) or max(ratios) > 1 or min(ratios) > FASTER or more or loses:
-        what = f"int8 with ranges found at run time was measured as well, and not taken: {said or 'not to be run'}"
-        trail.findings.append(Finding("note", "quantize", what))
-        return planner, attempt
-    why = (*plan.why, f"ranges found at run time: {said}")
-    proposed = replace(proposed, plan=replace(plan, why=why))
-    tried = replace(tried, proposal=proposed)
-    if not attempt.draft and not tried.failed:
-        tried = carry_out(other, proposed, original, loaded, clock, draft=False)
-    return _note(other, tried, trail, clock), tried
+        return attempt
+    _note(planner, other, trail, clock)
+    return attempt if other.draft else other
 
 
 def _rival(planner: Planner, make: Make | None) -> Planner | None:
@@ -348,9 +320,9 @@ def first_factors(planner: Planner, original: Original) -> Factors:
 def corrected(planner: Planner, attempt: Attempt) -> Planner:
     """The planner after an attempt: costs scaled to what was found, losses to what an untrained plan really lost.
 
-    What was found of another scheme than the planner's says nothing of the plans to come.
+    What was found of another scheme than the base's says nothing of the plans to come.
     """
-    if attempt.plan.precision == "int8" and attempt.plan.scheme != planner.scheme:
+    if attempt.plan.precision == "int8" and attempt.plan.scheme != planner.base.scheme:
         return planner
     factors = dict(planner.factors)
     for verdict in attempt.verdicts:

@@ -78,7 +78,7 @@ def plan(request: Request, tell: Tell) -> Preview:
     """The plan that a build would start with: the models' figures alone, as nothing is lowered or measured."""
     clock = Clock(tell)
     loaded, profile, targets, base, _ = _prepared(request, clock)
-    planner = Planner(base, profile, targets, {}, base.candidates, base.scheme)
+    planner = Planner(base, profile, targets, {}, base.candidates)
     proposed: Proposal | None = start(planner)
     assert proposed is not None
     fitting, solve = fits(planner, proposed), None

@@ -73,21 +73,17 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Planner:
-    """What planning for a base needs: its candidates as re-estimated so far, the cost model as corrected so far.
-
-    `scheme` is how int8 is computed: the base's, which loses less, or the one that was measured to be faster.
-    """
+    """What planning for a base needs: its candidates as re-estimated so far, the cost model as corrected so far."""
 
     base: Base
     profile: Profile
     targets: tuple[Target, ...]
     factors: Factors
     candidates: tuple[Candidate, ...]
-    scheme: Scheme
 
     @cached_property
     def limits(self) -> tuple[Limit, ...]:
-        return self.limits_of(self.scheme)
+        return self.limits_of(self.base.scheme)
 
     def limits_of(self, scheme: Scheme) -> tuple[Limit, ...]:
         return costs.limits(self.profile, self.targets, self.base.facts, self.factors, scheme)
@@ -152,8 +148,8 @@ def proposal(planner: Planner, plan: Plan, solve: Solve | None = None) -> Propos
     }
     found = losses(planner.candidates, choice)
     real = {trial.scheme: trial.real for trial in planner.base.trials if trial.technique == "quantize"}
-    if plan.scheme != planner.scheme and real.get(planner.scheme) and plan.scheme in real:
-        found["quantize"] *= real[plan.scheme] / real[planner.scheme]
+    if plan.scheme != planner.base.scheme and real.get(planner.base.scheme) and plan.scheme in real:
+        found["quantize"] *= real[plan.scheme] / real[planner.base.scheme]
     return Proposal(plan, choice, predicted, found, solve)
 
 
@@ -301,7 +297,7 @@ def _plan(planner: Planner, choice: Choice, why: Sequence[str]) -> Plan:
         choice,
         base=base.name,
         dropped=base.dropped,
-        scheme=planner.scheme if choice.precision == "int8" else "static",
+        scheme=base.scheme if choice.precision == "int8" else "static",
         distil=distil,
         distil_steps=steps,
         why=why,
