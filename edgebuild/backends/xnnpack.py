@@ -31,9 +31,9 @@ _PRODUCTS = (aten.linear.default, aten.conv2d.default, aten.conv1d.default)
 def quantizer(keep_fp32: tuple[str, ...] = (), scheme: Scheme = "static") -> Any:
     """XNNPACK's int8 quantizer, weights per channel, or torchao's config by layer for 4-bit weights.
 
-    Layers named in `keep_fp32` stay fp32, and in the dynamic scheme convolutions of fewer than DEPTH channels in a group,
-    and all that is neither convolution nor linear. Activations are always quantized with the weights: with weights alone
-    in 8 or 4 bits the delegate drops their scales, and answers wrongly.
+    Layers named in `keep_fp32` stay fp32; so does, in the dynamic scheme, all that is no convolution and not linear,
+    and each convolution of fewer than DEPTH channels in a group. Activations are always quantized with the weights:
+    with weights alone in 8 or 4 bits the delegate drops their scales, and answers wrongly.
     """
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
