@@ -16,7 +16,7 @@ from edgebuild.devices import DEVICES, Arrays, as_file, timing
 from edgebuild.environment import machine, versions
 from edgebuild.errors import DeviceError, MissingEnvironment, SpecError, UsageError
 from edgebuild.settings import Settings
-from edgebuild.spec import PER_TARGET, Accuracy, Budget, Finding, Measurement, Parity, Target, Verdict
+from edgebuild.spec import PER_TARGET, TIMED, Accuracy, Budget, Finding, Measurement, Parity, Target, Verdict
 
 HOST = Target(name="host", title="This machine", device="host", status="measured")
 SUFFIXES = {"pte": ".pte", "torchscript": ".pt"}
@@ -175,7 +175,7 @@ def _on(
     least = judge.LEAST_SQNR_DB[built["plan"]["precision"]]
     logits = any(row["agreement"] is not None for row in built["parity"])
     parity = judge.parity(outputs, expected, target.name, "the bundle's test vectors", least, logits)
-    intervals = [_interval(target.name, q, runs.found) for q in (*timing.SHARES, "throughput") if len(runs.found)]
+    intervals = [_interval(target.name, q, runs.found) for q in TIMED if len(runs.found)]
     return _Found(measurements, tuple(intervals), (parity,))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from edgebuild.devices import Arrays, timing
 from edgebuild.errors import TaskError
-from edgebuild.spec import Accuracy, Budget, Measurement, Parity, Precision, Verdict
+from edgebuild.spec import TIMED, Accuracy, Budget, Measurement, Parity, Precision, Verdict
 
 # An int8 kernel rounds differently from its fp32 simulation, a little in every layer; a wrong one is below 0 dB.
 LEAST_SQNR_DB: dict[Precision, float] = {"fp32": 40.0, "int8": 15.0}
@@ -110,7 +110,7 @@ class Runs:
     """
 
     def __init__(self, budgets: Sequence[Budget]):
-        self.budgets = [budget for budget in budgets if budget.kind in (*timing.SHARES, "throughput")]
+        self.budgets = [budget for budget in budgets if budget.kind in TIMED]
         self.found: timing.Nanoseconds = timing.NONE
 
     def enough(self, found: timing.Nanoseconds) -> bool:

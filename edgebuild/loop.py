@@ -24,7 +24,7 @@ from edgebuild.propose import (
     start,
     with_rounding,
 )
-from edgebuild.spec import Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
+from edgebuild.spec import TIMED, Finding, Plan, Prediction, Profile, Reachable, Round, Target, Trial
 from edgebuild.students import expected
 
 Make = Callable[[Planner | None], Base | None]
@@ -33,7 +33,6 @@ LARGEST_CORRECTION = 5.0
 MOST_DRAFTS = 12  # plans of one base; each was corrected by those before it
 REFINEMENTS = 3  # drafts after one that fits, each where it is expected to lose so much less
 WORTH_REFINING = 0.95
-TIMED = ("latency", "latency_p95", "latency_p99", "throughput")
 MOST_FASTER = 1.5  # times, by ranges found at run time: one instruction in three is spared
 MOSTLY = 0.5  # of the MACs have to be in layers that are computed so
 
@@ -217,13 +216,15 @@ def _may_be_fast_enough(attempt: Attempt) -> bool:
     rounded for each layer, though: that pays for whole convolutions, not for the many small ones of a factorized plan.
     """
     plan, facts = attempt.plan, attempt.base.facts
-    if attempt.draft or plan.precision != "int8" or plan.scheme != "static" or plan.widths or plan.forms:
+    if attempt.draft or plan.precision != "int8" or plan.scheme != "static" or not attempt.failed:
         return False
-    slow = [verdict for verdict in attempt.failed if verdict.kind in TIMED]
-    near = all(v.value and max(v.value / v.bound, v.bound / v.value) < MOST_FASTER for v in slow)
+    if "dynamic" not in attempt.base.backend.schemes:
+        return False
+    near = all(
+        v.kind in TIMED and v.value and max(v.value / v.bound, v.bound / v.value) < MOST_FASTER for v in attempt.failed
+    )
     rounded = sum(layer.macs for layer in facts.layers if layer.weighted and footprint.rounds(layer, "dynamic"))
-    known = "dynamic" in attempt.base.backend.schemes
-    return known and bool(slow) and len(slow) == len(attempt.failed) and near and rounded > MOSTLY * facts.macs
+    return near and rounded > MOSTLY * facts.macs
 
 
 def _ranged_at_run_time(

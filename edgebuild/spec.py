@@ -392,7 +392,8 @@ BudgetKind = Literal[
     "min_delegated",
 ]
 LOWER_BOUNDS = ("throughput", "min_delegated")
-PER_TARGET = ("latency", "latency_p95", "latency_p99", "throughput", "peak_memory", "sram", "flash")
+TIMED = ("latency", "latency_p95", "latency_p99", "throughput")
+PER_TARGET = (*TIMED, "peak_memory", "sram", "flash")
 
 
 @dataclass(frozen=True)

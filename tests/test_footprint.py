@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from edgebuild import costs, footprint
+from edgebuild import costs
 from edgebuild.analyse import analyse, cut
 from edgebuild.backends import BACKENDS
-from edgebuild.footprint import constants, layer_bytes, pointer_bytes
+from edgebuild.footprint import constants, layer_bytes, pointer_bytes, rounds
 from edgebuild.lift import lift
 from edgebuild.plan import Choice
 from edgebuild.spec import SEGMENT, Form, LayerFacts
@@ -138,9 +138,9 @@ def test_peak_memory_within_a_tenth_on_the_arm_device(lifted, image, lowered, pr
 def test_what_a_scheme_leaves_in_fp32(lifted, image):
     """Ranged at run time: the depthwise convolution, the one of an image's colours and what has no weights."""
     layers = {layer.name: layer for layer in analyse(lifted, image).layers}
-    left = [name for name, layer in layers.items() if layer.weighted and not footprint.rounds(layer, "dynamic")]
+    left = [name for name, layer in layers.items() if layer.weighted and not rounds(layer, "dynamic")]
     assert left == [name for name, layer in layers.items() if layer.depthwise or layer.name == next(iter(layers))]
-    assert all(footprint.rounds(layer, "static") for layer in layers.values())
-    assert [name for name, x in layers.items() if footprint.rounds(x, "8da4w")] == [
+    assert all(rounds(layer, "static") for layer in layers.values())
+    assert [name for name, x in layers.items() if rounds(x, "8da4w")] == [
         name for name, x in layers.items() if x.op == "linear"
     ]
